@@ -102,12 +102,12 @@ export interface ConfigProblem {
  *
  * @example Show every problem
  * ```ts
- * import { assert, assertEquals } from "jsr:@std/assert@^1.0.19";
+ * import { assertEquals } from "jsr:@std/assert@^1.0.19";
  *
  * try {
  *   parseHostsConfig("hosts:\n  gpu-1: { ssh_port: 0 }\n  gpu-2: null\n");
  * } catch (error) {
- *   assert(error instanceof HostsConfigError);
+ *   if (!(error instanceof HostsConfigError)) throw error;
  *   assertEquals(error.problems.map((problem) => problem.path), ["hosts.gpu-1.ssh_port", "hosts.gpu-2"]);
  * }
  * ```
