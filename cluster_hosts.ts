@@ -138,6 +138,8 @@ export interface HostsConfigText {
   readonly text: string;
   /** The path or the URL. */
   readonly origin: string;
+  /** Whether the file is there: only the default one may be missing. */
+  readonly exists: boolean;
 }
 
 /** Options of {@linkcode loadHostsConfig} and {@linkcode readHostsConfig}. */
@@ -484,16 +486,18 @@ export interface SshOptions {
 export async function readHostsConfig(source?: string | URL, options: LoadOptions = {}): Promise<HostsConfigText> {
   const named = source ?? readEnv("RINGRIFT_HOSTS_CONFIG");
   const origin = String(named ?? DEFAULT_CONFIG_PATH);
-  if (/^https?:/i.test(origin)) return { text: decodeConfig(await fetchConfig(origin, options), origin), origin };
+  if (/^https?:/i.test(origin)) {
+    return { text: decodeConfig(await fetchConfig(origin, options), origin), origin, exists: true };
+  }
 
   const path = /^file:/i.test(origin) ? new URL(origin) : origin;
   requirePermission({ name: "read", path }, `--allow-read=${origin}`);
   try {
-    return { text: decodeConfig(await Deno.readFile(path), origin), origin };
+    return { text: decodeConfig(await Deno.readFile(path), origin), origin, exists: true };
   } catch (error) {
     if (error instanceof HostsConfigError) throw error;
     const missing = error instanceof Deno.errors.NotFound;
-    if (missing && named === undefined) return { text: "", origin };
+    if (missing && named === undefined) return { text: "", origin, exists: false };
     const message = missing
       ? "there is no such file"
       : error instanceof Deno.errors.IsADirectory || /os error 21\b/.test(String(error))
