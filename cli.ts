@@ -666,7 +666,7 @@ async function watch(flags: Flags, intervalMs: number, signal: AbortSignal): Pro
       trouble = message;
     }
     const round = await checkRound(flags, nodes, signal);
-    if (signal.aborted) return exitCode ?? round.exitCode;
+    if (signal.aborted) break;
     exitCode = round.exitCode;
     const changes = noteChanges(since, round.probes);
     if (isLive) drawRound(round, since, intervalMs, trouble);
@@ -674,8 +674,11 @@ async function watch(flags: Flags, intervalMs: number, signal: AbortSignal): Pro
     const flag = missingNetFlag(round.probes, sweepFlags(flags).port);
     if (flag) throw new Error(netDenied(flag));
     await delay(intervalMs, { signal }).catch(() => {});
-    if (signal.aborted) return exitCode;
+    if (signal.aborted) break;
   }
+  // Below the ^C that the terminal writes.
+  if (isLive) print("\n");
+  return exitCode ?? (signal.reason as Interrupt).exitCode;
 }
 
 interface Change {
@@ -726,8 +729,8 @@ function drawRound(
   const time = new Date().toTimeString().slice(0, 8);
   const head = `${time}  ${summaryLine(probes, nodes.length)}  (every ${intervalMs / 1000} s, Ctrl-C ends)`;
   const faults = trouble === undefined ? [] : [paint(31, escapeText(trouble.split("\n", 1)[0]!))];
-  // Line by line over the old picture: clearing the screen first would flicker.
-  print(`\x1b[H${[head, ...faults, "", ...shown].map((line) => `${line}\x1b[K`).join("\n")}\n\x1b[J`);
+  // Line by line over the old picture: clearing the screen first would flicker. What is too wide is cut, not wrapped.
+  print(`\x1b[?7l\x1b[H${[head, ...faults, "", ...shown].map((line) => `${line}\x1b[K`).join("\n")}\n\x1b[J\x1b[?7h`);
 }
 
 function duration(ms: number): string {
@@ -1497,16 +1500,10 @@ function table(header: readonly string[], rows: readonly (readonly Cell[])[]): s
   const widths = header.map((title, column) =>
     texts.reduce((width, row) => Math.max(width, row[column]!.length), title.length)
   );
-  const columns = Deno.stdout.isTerminal() ? Deno.consoleSize().columns : Infinity;
-  const last = header.length - 1;
-  const lastRoom = Math.max(20, columns - widths.slice(0, last).reduce((sum, width) => sum + width + 2, 0));
   const line = (row: readonly string[], styles: readonly { colour?: number; isRight?: boolean }[]) =>
     row.map((text, column) => {
-      if (column === last && text.length > lastRoom) text = `${text.slice(0, lastRoom - 1)}…`;
       const { colour, isRight } = styles[column] ?? {};
-      const padding = " ".repeat(
-        widths[column]! > text.length && (column < last || isRight) ? widths[column]! - text.length : 0,
-      );
+      const padding = " ".repeat(widths[column]! - text.length);
       const painted = colour === undefined ? text : paint(colour, text);
       return isRight ? padding + painted : painted + padding;
     }).join("  ").trimEnd();
