@@ -9,7 +9,6 @@
  * @module
  */
 import { delay } from "jsr:@std/async@^1.5.0/delay";
-import { pooledMap } from "jsr:@std/async@^1.5.0/pool";
 import { parse } from "jsr:@std/yaml@^1.2.0/parse";
 
 /** The default port of the Elo ratings database. */
@@ -29,6 +28,10 @@ const DEFAULT_CONCURRENCY = 1024;
 
 /** A node with a dead first address is found by its second one after this long; see {@linkcode probeNode}. */
 const NEXT_ADDRESS_MS = 1000;
+
+/** A sweep starts with so many checks at once, and doubles them at this interval until `concurrency`. */
+const FIRST_CONCURRENCY = 64;
+const MORE_CONCURRENCY_MS = 10;
 
 const MAX_CONFIG_BYTES = 256 * 1024 * 1024;
 const MAX_HEAD_BYTES = 64 * 1024;
@@ -1324,11 +1327,12 @@ interface ProbeSettings {
   readonly path: string;
   readonly check: "http" | "tcp";
   readonly timeoutMs: number;
-  readonly signal: AbortSignal | undefined;
+  /** What the end of the whole call has to abort. */
+  readonly running: Set<AbortController>;
 }
 
 function probeSettings(options: ProbeOptions): ProbeSettings {
-  const { port, path = "/status", check = "http", timeoutMs = DEFAULT_TIMEOUT_MS, signal } = options;
+  const { port, path = "/status", check = "http", timeoutMs = DEFAULT_TIMEOUT_MS } = options;
   if (port !== undefined && !isPort(port)) throw new RangeError(`Cannot check port ${port}: expected 1 to 65535`);
   if (!/^\/[!-~]*$/.test(path)) {
     throw new TypeError(`Cannot ask for ${JSON.stringify(path)}: expected a path that begins with "/", URL-encoded`);
@@ -1338,7 +1342,7 @@ function probeSettings(options: ProbeOptions): ProbeSettings {
   if (!(timeoutMs > 0 && timeoutMs < 2 ** 31)) {
     throw new RangeError(`Cannot wait for ${timeoutMs} ms: expected a number above 0 and below 2 ** 31`);
   }
-  return { port, path, check, timeoutMs, signal };
+  return { port, path, check, timeoutMs, running: new Set() };
 }
 
 /**
@@ -1414,7 +1418,8 @@ export async function checkHttpEndpoint(
  * @throws {TypeError} if the path or the check is none
  */
 export async function probeNode(node: ClusterNode, options: ProbeOptions = {}): Promise<NodeProbe> {
-  return await probeAt(node, nodeEndpoints, probeSettings(options));
+  const [probe] = await sweep([node], nodeEndpoints, options);
+  return probe!;
 }
 
 /**
@@ -1452,31 +1457,43 @@ async function sweep(
   if (!(Number.isInteger(concurrency) && concurrency > 0)) {
     throw new RangeError(`Cannot check ${concurrency} nodes at once: expected an integer above 0`);
   }
+  const settings = probeSettings(options);
   signal?.throwIfAborted();
-  // One controller for the call, so that whatever ends it early leaves nothing running.
-  using ended = linkedController(signal);
-  const settings = { ...probeSettings(options), signal: ended.controller.signal };
-  const probes = pooledMap(concurrency, nodes, async (node: ClusterNode): Promise<NodeProbe> => {
-    const probe = await probeAt(node, endpointsOf, settings);
-    onProbe?.(probe);
-    return probe;
-  });
-  try {
-    return await Array.fromAsync(probes);
-  } catch (error) {
-    signal?.throwIfAborted();
-    throw error instanceof AggregateError ? error.errors[0] : error;
-  } finally {
-    ended.controller.abort();
-  }
-}
 
-function linkedController(signal: AbortSignal | undefined): Disposable & { controller: AbortController } {
-  const controller = new AbortController();
-  const abort = () => controller.abort(signal?.reason);
-  if (signal?.aborted) abort();
+  const probes = new Array<NodeProbe>(nodes.length);
+  const ended = new AbortController();
+  let next = 0;
+  const work = async () => {
+    while (next < nodes.length) {
+      const index = next++;
+      const probe = await probeAt(nodes[index]!, endpointsOf, settings);
+      if (ended.signal.aborted) return;
+      probes[index] = probe;
+      onProbe?.(probe);
+    }
+  };
+  // Where nodes answer at once, few checks at a time are the fastest; where they do not, all are under way in no time.
+  const workAll = async () => {
+    const workers: Promise<void>[] = [];
+    while (workers.length < concurrency && next < nodes.length && !ended.signal.aborted) {
+      const more = Math.min(workers.length || FIRST_CONCURRENCY, concurrency - workers.length, nodes.length - next);
+      for (let started = 0; started < more; started++) workers.push(work());
+      if (next < nodes.length) await settledOrAfter(Promise.all(workers), MORE_CONCURRENCY_MS, ended.signal);
+    }
+    await Promise.all(workers);
+  };
+  // One listener for the whole call: with one for each node, to remove them would take longer than to connect.
+  const abortion = Promise.withResolvers<never>();
+  const abort = () => abortion.reject(signal?.reason);
   signal?.addEventListener("abort", abort);
-  return { controller, [Symbol.dispose]: () => signal?.removeEventListener("abort", abort) };
+  try {
+    await Promise.race([workAll(), abortion.promise]);
+    return probes;
+  } finally {
+    signal?.removeEventListener("abort", abort);
+    ended.abort();
+    for (const controller of settings.running) controller.abort();
+  }
 }
 
 function nodeEndpoints(node: ClusterNode, settings: ProbeSettings): Endpoint[] {
@@ -1510,10 +1527,7 @@ async function probeAt(
   endpointsOf: (node: ClusterNode, settings: ProbeSettings) => Endpoint[],
   settings: ProbeSettings,
 ): Promise<NodeProbe> {
-  settings.signal?.throwIfAborted();
-  const endpoints = endpointsOf(node, settings);
-  const outcomes = await tryEndpoints(endpoints, settings);
-  settings.signal?.throwIfAborted();
+  const outcomes = await tryEndpoints(endpointsOf(node, settings), settings);
   const best = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state])[0];
   if (!best) {
     return {
@@ -1545,9 +1559,9 @@ async function probeAt(
 
 /** The outcome at each endpoint that was tried, in their order; the last started one that is up ends the others. */
 async function tryEndpoints(endpoints: readonly Endpoint[], settings: ProbeSettings): Promise<Outcome[]> {
-  const { timeoutMs, check } = settings;
-  using linked = linkedController(settings.signal);
-  const { controller } = linked;
+  const { timeoutMs, check, running } = settings;
+  const controller = new AbortController();
+  running.add(controller);
   const timer = setTimeout(
     () => controller.abort(new DOMException(`no answer within ${timeoutMs} ms`, "TimeoutError")),
     timeoutMs,
@@ -1556,27 +1570,31 @@ async function tryEndpoints(endpoints: readonly Endpoint[], settings: ProbeSetti
     const [only] = endpoints;
     if (only && endpoints.length === 1) return [await tryEndpoint(only, check, controller.signal)];
     const nextMs = Math.min(NEXT_ADDRESS_MS, timeoutMs / endpoints.length);
-    const running: Promise<Outcome>[] = [];
+    const attempts: Promise<Outcome>[] = [];
     for (const endpoint of endpoints) {
       if (controller.signal.aborted) break;
       const attempt = tryEndpoint(endpoint, check, controller.signal).then((outcome) => {
         if (outcome.state === "up") controller.abort();
         return outcome;
       });
-      running.push(attempt);
+      attempts.push(attempt);
       await settledOrAfter(attempt, nextMs, controller.signal);
     }
-    return await Promise.all(running);
+    return await Promise.all(attempts);
   } finally {
     clearTimeout(timer);
+    running.delete(controller);
   }
 }
 
 async function settledOrAfter(promise: Promise<unknown>, ms: number, signal: AbortSignal): Promise<void> {
-  using pause = linkedController(signal);
-  const timer = delay(ms, { signal: pause.controller.signal }).catch(() => {});
-  await Promise.race([promise, timer]);
-  pause.controller.abort();
+  const settled = new AbortController();
+  const pause = delay(ms, { signal: AbortSignal.any([signal, settled.signal]) }).catch(() => {});
+  try {
+    await Promise.race([promise, pause]);
+  } finally {
+    settled.abort();
+  }
 }
 
 async function tryEndpoint(endpoint: Endpoint, check: "http" | "tcp", signal: AbortSignal): Promise<Outcome> {
@@ -1584,18 +1602,12 @@ async function tryEndpoint(endpoint: Endpoint, check: "http" | "tcp", signal: Ab
   let connectMs: number | undefined;
   try {
     const conn = await connect(endpoint, signal);
-    const close = () => closeQuietly(conn);
-    try {
-      connectMs = performance.now() - started;
-      if (check === "tcp") return { endpoint, state: "up", connectMs };
-      // Closing the connection is what ends a read that never returns.
-      signal.addEventListener("abort", close);
-      signal.throwIfAborted();
-      return { endpoint, state: "up", connectMs, status: await requestStatus(conn, endpoint) };
-    } finally {
-      signal.removeEventListener("abort", close);
-      close();
+    connectMs = performance.now() - started;
+    if (check === "tcp") {
+      conn.close();
+      return { endpoint, state: "up", connectMs };
     }
+    return { endpoint, state: "up", connectMs, status: await requestStatus(conn, endpoint, signal) };
   } catch (error) {
     const fault = signal.aborted && !(error instanceof ProbeFault) ? signal.reason : error;
     const failure = connectMs === undefined ? connectFailure(fault) : responseFailure(fault);
@@ -1725,10 +1737,28 @@ function isTimeout(error: unknown): boolean {
  * One GET over a connection that is already made. Neither `fetch` nor `node:http` fits a sweep: the one obeys proxies
  * of the environment, the other takes twice the time and memory (README, Performance).
  */
-async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint): Promise<StatusDocument> {
+async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint, signal: AbortSignal): Promise<StatusDocument> {
   const { address, port, path, isTls } = endpoint;
-  const conn = isTls ? await Deno.startTls(tcp, { hostname: address }) : tcp;
+  let conn: Deno.Conn = tcp;
+  let isOpen = true;
+  const close = () => {
+    if (!isOpen) return;
+    isOpen = false;
+    try {
+      conn.close();
+    } catch {
+      // A TLS handshake has taken it over, and is closed in its place.
+    }
+  };
+  // Closing the connection is what ends a read that never returns.
+  signal.addEventListener("abort", close);
   try {
+    signal.throwIfAborted();
+    if (isTls) {
+      conn = await Deno.startTls(tcp, { hostname: address });
+      isOpen = true;
+      signal.throwIfAborted();
+    }
     const request = new TextEncoder().encode(
       `GET ${path} HTTP/1.1\r\nHost: ${hostPort(address, port)}\r\nAccept: application/json\r\n` +
         "Accept-Encoding: identity\r\nUser-Agent: cluster-hosts\r\nConnection: close\r\n\r\n",
@@ -1736,15 +1766,8 @@ async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint): Promise<Sta
     for (let sent = 0; sent < request.length;) sent += await conn.write(request.subarray(sent));
     return parseStatus(await readBody(new ResponseReader(conn)));
   } finally {
-    closeQuietly(conn);
-  }
-}
-
-function closeQuietly(conn: Deno.Conn): void {
-  try {
-    conn.close();
-  } catch {
-    // Closed already, by the deadline.
+    signal.removeEventListener("abort", close);
+    close();
   }
 }
 
@@ -1778,23 +1801,27 @@ class ResponseReader {
     return count !== null;
   }
 
-  /** Takes `length` bytes. */
+  /** Takes `length` bytes, which are valid until the next read. */
   async take(length: number): Promise<Uint8Array<ArrayBuffer>> {
-    while (this.pending.length < length) {
+    while (this.#end - this.#start < length) {
       if (!await this.fill()) throw new ProbeFault("bad-response", "the answer ended before it was complete");
     }
-    const taken = this.pending.slice(0, length);
     this.#start += length;
-    return taken;
+    return this.#buffer.subarray(this.#start - length, this.#start);
   }
 
-  /** Takes one line, without its end. */
-  async line(maxBytes: number): Promise<string> {
+  /** Takes the text up to `end`, and `end` itself: `\n`, or `\n\n` for a head with its empty line. */
+  async text(end: "\n" | "\n\n", maxBytes: number): Promise<string> {
     for (let searched = 0;;) {
-      const end = this.pending.indexOf(10, searched);
-      if (end >= 0) return LATIN1.decode(await this.take(end + 1)).trimEnd();
-      searched = this.pending.length;
-      if (searched > maxBytes) {
+      const pending = this.pending;
+      for (let at = pending.indexOf(10, searched); at >= 0; at = pending.indexOf(10, at + 1)) {
+        const next = pending[at + 1] === 13 ? at + 2 : at + 1;
+        if (end === "\n") return LATIN1.decode(await this.take(at + 1)).trimEnd();
+        if (pending[next] === 10) return LATIN1.decode(await this.take(next + 1)).trimEnd();
+        searched = at;
+      }
+      if (end === "\n") searched = pending.length;
+      if (pending.length > maxBytes) {
         throw new ProbeFault("too-large", `the head of the answer is larger than ${maxBytes} bytes`);
       }
       if (!await this.fill()) throw new ProbeFault("bad-response", "the connection was closed without an answer");
@@ -1846,20 +1873,18 @@ async function readHead(reader: ResponseReader): Promise<{ status: number; heade
     if (LATIN1.decode(reader.pending.subarray(0, 5)) !== "HTTP/") {
       throw new ProbeFault("bad-response", "the answer is not HTTP");
     }
-    const start = await reader.line(budget);
-    const status = Number(/^HTTP\/1\.\d (\d{3})(?: |$)/.exec(start)?.[1]);
+    const head = await reader.text("\n\n", budget);
+    const [start = "", ...lines] = head.split("\n");
+    const status = Number(/^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(start)?.[1]);
     if (!status) throw new ProbeFault("bad-response", "the answer is not HTTP/1");
+    budget -= head.length;
+    if (status < 200) continue;
     const headers = new Map<string, string>();
-    budget -= start.length;
-    for (let line = await reader.line(budget); line !== ""; line = await reader.line(budget)) {
-      budget -= line.length + 2;
-      if (budget < 0) {
-        throw new ProbeFault("too-large", `the head of the answer is larger than ${MAX_HEAD_BYTES} bytes`);
-      }
+    for (const line of lines) {
       const colon = line.indexOf(":");
       if (colon > 0) headers.set(line.slice(0, colon).toLowerCase(), line.slice(colon + 1).trim());
     }
-    if (status >= 200) return { status, headers };
+    return { status, headers };
   }
 }
 
@@ -1867,14 +1892,14 @@ async function readChunks(reader: ResponseReader): Promise<Uint8Array<ArrayBuffe
   const chunks: Uint8Array<ArrayBuffer>[] = [];
   let total = 0;
   while (true) {
-    const digits = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.line(1024))?.[1];
+    const digits = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.text("\n", 1024))?.[1];
     if (!digits) throw new ProbeFault("bad-response", "a chunk without a size");
     const size = parseInt(digits, 16);
     total += size;
     if (total > MAX_BODY_BYTES) throw tooLarge();
     if (size === 0) break;
-    chunks.push(await reader.take(size));
-    if (await reader.line(2) !== "") throw new ProbeFault("bad-response", "a chunk longer than its size");
+    chunks.push((await reader.take(size)).slice());
+    if (await reader.text("\n", 2) !== "") throw new ProbeFault("bad-response", "a chunk longer than its size");
   }
   const body = new Uint8Array(total);
   let offset = 0;
@@ -2189,6 +2214,8 @@ function netState(host: string): Deno.PermissionState {
 }
 
 function requireNet(host: string): void {
+  // Asked first as a whole: thousands of hosts need no query of their own then.
+  if (Deno.permissions.querySync({ name: "net" }).state === "granted") return;
   if (netState(host) !== "granted") throw denied("net access", `--allow-net=${host}`);
 }
 
