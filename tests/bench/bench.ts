@@ -1,0 +1,348 @@
+/**
+ * `deno task bench`: speed and memory on loopback, each against a peer in the same run, since machines are noisy. Whole
+ * processes are timed, start included, ours and the peer's in turn: the median of five.
+ *
+ * @module
+ */
+import { parse } from "jsr:@std/yaml@^1.2.0/parse";
+import { ClusterNode, selectNodes } from "../../mod.ts";
+import { ROOT, startNode } from "../loopback_cluster.ts";
+import { startSshd } from "../sshd.ts";
+
+const RUNS = 5;
+const isLinux = Deno.build.os === "linux";
+
+interface Measure {
+  readonly ms: number;
+  /** The most memory that the process held, in bytes; only Linux tells. */
+  readonly peak: number;
+}
+
+interface Work {
+  readonly name: string;
+  readonly ours: () => Promise<Measure>;
+  readonly peer?: { readonly name: string; readonly run: () => Promise<Measure> } | undefined;
+  /** The peer, where it is no process: what ours cannot be faster than. */
+  readonly floorMs?: number;
+  readonly target: (ours: Measure, peerMs: number) => { readonly text: string; readonly isMet: boolean };
+}
+
+const folder = await Deno.makeTempDir({ dir: "/tmp" });
+const server = new Deno.Command("deno", {
+  args: ["run", "-q", "--allow-net", `${ROOT}tests/bench/server.ts`],
+  stdin: "piped",
+  stdout: "piped",
+}).spawn();
+try {
+  const greeting = await server.stdout.getReader().read();
+  const serverPort = Number(new TextDecoder().decode(greeting.value));
+  await using blackHole = await startNode("black-hole", { hostname: "0.0.0.0" });
+  await bench(serverPort, blackHole.port);
+} finally {
+  server.kill();
+  await server.status;
+  await Deno.remove(folder, { recursive: true });
+}
+
+async function bench(serverPort: number, blackHolePort: number): Promise<void> {
+  const inventories = new Map<number, string>();
+  for (const count of [500, 1000, 10_000, 50_000]) inventories.set(count, await writeHosts(count, serverPort));
+  const holes = await writeHosts(10_000, blackHolePort);
+  const holes1000 = await writeHosts(1000, blackHolePort);
+  const large = await writeHosts(10_000, serverPort, {
+    note: "what the owner of a real inventory writes about a host",
+  });
+  const largeText = await Deno.readTextFile(large);
+  const few = `${ROOT}tests/fixtures/real_inventory.yaml`;
+  const addresses = `${folder}/addresses`;
+  await Deno.writeTextFile(addresses, Array.from({ length: 10_000 }, (_, index) => `${address(index)}\n`).join(""));
+  const urls = `${folder}/urls`;
+  await Deno.writeTextFile(
+    urls,
+    Array.from(
+      { length: 10_000 },
+      (_, index) => `url = "http://${address(index)}:${serverPort}/status"\noutput = /dev/null\n`,
+    ).join(""),
+  );
+  const atMost = (factor: number) => (ours: Measure, peerMs: number) => ({
+    text: `≤ ${factor} ×`,
+    isMet: ours.ms <= factor * peerMs,
+  });
+  const within = (extraMs: number) => (ours: Measure, floorMs: number) => ({
+    text: `≤ timeout + ${extraMs / 1000} s`,
+    isMet: ours.ms <= floorMs + extraMs,
+  });
+
+  const works: Work[] = [
+    {
+      name: "TCP sweep of 10,000 nodes",
+      ours: () => cli("status", "--tcp", "--json", "--config", inventories.get(10_000)!),
+      peer: await peer("nmap", ["-sT", "-n", "-Pn", "-T5", "-iL", addresses, "-p", String(serverPort)]),
+      target: atMost(2),
+    },
+    {
+      name: "HTTP /status of 10,000 nodes",
+      ours: () => cli("status", "--json", "--config", inventories.get(10_000)!),
+      peer: await peer("curl", ["-s", "-Z", "--parallel-max", "300", "-K", urls]),
+      target: atMost(0.7),
+    },
+    {
+      name: "1,000 black holes, --timeout 1",
+      ours: () => cli("status", "--json", "--timeout", "1", "--config", holes1000),
+      floorMs: 1000,
+      target: within(400),
+    },
+    {
+      name: "10,000 black holes, --timeout 1, all at once",
+      ours: () => cli("status", "--json", "--timeout", "1", "--concurrency", "10000", "--config", holes),
+      floorMs: 1000,
+      target: within(1500),
+    },
+    {
+      name: `nodes --json of 10,000 hosts (${(largeText.length / 1e6).toFixed(1)} MB)`,
+      ours: () => cli("nodes", "--json", "--config", large),
+      peer: { name: "parse() alone", run: () => inProcess(() => parse(largeText)) },
+      target: atMost(2),
+    },
+    {
+      name: "nodes of 42 hosts",
+      ours: () => cli("nodes", "--config", few),
+      peer: await peer("deno", ["eval", "1"]),
+      target: atMost(2.5),
+    },
+    selectionWork(),
+  ];
+  const ssh = isLinux ? await sshWorks() : undefined;
+
+  console.log(`${navigator.hardwareConcurrency} cores, ${memory()}, Deno ${Deno.version.deno}, ${Deno.build.os}\n`);
+  const rows: string[][] = [["WORK", "OURS", "PEER", "", "RATIO", "TARGET", "", "PEAK MEMORY"]];
+  for (const work of [...works, ...ssh?.works ?? []]) rows.push(await row(work));
+  await ssh?.stop();
+  rows.push(...await growth(inventories), await fewDescriptors(inventories.get(500)!));
+  const widths = rows[0]!.map((_, column) => Math.max(...rows.map((cells) => cells[column]?.length ?? 0)));
+  console.log(
+    rows.map((cells) => cells.map((cell, column) => cell.padEnd(widths[column]!)).join("  ").trimEnd()).join("\n"),
+  );
+}
+
+/** Distinct loopback addresses on Linux; elsewhere loopback is one address, which the sweep then asks again and again. */
+function address(index: number): string {
+  return isLinux ? `127.${1 + (index >> 14)}.${(index >> 8) & 63}.${index & 255}` : "127.0.0.1";
+}
+
+async function writeHosts(count: number, port: number, own: Readonly<Record<string, string>> = {}): Promise<string> {
+  const path = `${folder}/${count}-${port}-${Object.keys(own).length}.yaml`;
+  const extra = Object.entries(own).map(([key, value]) => `    ${key}: "${value}"\n`).join("");
+  const hosts = Array.from(
+    { length: count },
+    (_, index) =>
+      `  gpu-${index}:\n    tailscale_ip: ${address(index)}\n    ssh_user: ubuntu\n    ssh_key: ~/.ssh/id_cluster\n` +
+      `    status: active\n    role: worker\n    memory_gb: 96\n    cpus: 72\n    gpu: H100\n    data_server_port: ${port}\n${extra}`,
+  );
+  await Deno.writeTextFile(path, `hosts:\n${hosts.join("")}`);
+  return path;
+}
+
+function cli(...args: string[]): Promise<Measure> {
+  return measure("deno", [
+    "run",
+    "-q",
+    "--no-prompt",
+    "--config",
+    `${ROOT}deno.json`,
+    "-P=cli",
+    `${ROOT}cli.ts`,
+    ...args,
+  ]);
+}
+
+async function measure(program: string, args: readonly string[]): Promise<Measure> {
+  const started = performance.now();
+  const child = new Deno.Command(program, { args: [...args], stdin: "null", stdout: "null", stderr: "null" }).spawn();
+  let peak = 0;
+  const sampler = setInterval(() => {
+    try {
+      const status = Deno.readTextFileSync(`/proc/${child.pid}/status`);
+      peak = Math.max(peak, 1024 * Number(/VmHWM:\s+(\d+)/.exec(status)?.[1] ?? 0));
+    } catch {
+      // It has just ended, or this is not Linux.
+    }
+  }, 10);
+  const { code } = await child.status;
+  const ms = performance.now() - started;
+  clearInterval(sampler);
+  // 1 is an answer: some node is not up.
+  if (code > 1) throw new Error(`${program} ${args.join(" ")} ended with ${code}`);
+  return { ms, peak };
+}
+
+function inProcess(work: () => unknown): Promise<Measure> {
+  const started = performance.now();
+  work();
+  return Promise.resolve({ ms: performance.now() - started, peak: 0 });
+}
+
+async function peer(program: string, args: readonly string[]): Promise<Work["peer"]> {
+  try {
+    await new Deno.Command(program, { args: ["--version"], stdout: "null", stderr: "null" }).output();
+  } catch {
+    return undefined;
+  }
+  return { name: program, run: () => measure(program, args) };
+}
+
+function selectionWork(): Work {
+  const nodes = Array.from({ length: 100_000 }, (_, index) => new ClusterNode({ name: `gpu-${index}`, gpu: "H100" }));
+  const selection = { names: ["gpu-[1-50000]", "gpu-?????", "gpu-7*"], exclude: ["gpu-9*"], gpus: ["h100"] };
+  return {
+    name: "selection out of 100,000 nodes, in process",
+    ours: () => inProcess(() => selectNodes(nodes, selection)),
+    peer: { name: "one pass", run: () => inProcess(() => nodes.filter((node) => /^gpu-(\d+)$/.test(node.name))) },
+    target: ({ ms }) => ({ text: "< 200 ms", isMet: ms < 200 }),
+  };
+}
+
+async function sshWorks(): Promise<{ works: Work[]; stop: () => Promise<void> }> {
+  const sshd = await startSshd();
+  const names = Array.from({ length: 100 }, (_, index) => `gpu-${index + 1}`);
+  const path = `${folder}/ssh.yaml`;
+  await Deno.writeTextFile(
+    path,
+    JSON.stringify({
+      hosts: Object.fromEntries(names.map((name) => [name, {
+        tailscale_ip: "127.0.0.1",
+        ssh_user: sshd.user,
+        ssh_key: sshd.keyPath,
+        ssh_port: sshd.port,
+      }])),
+    }),
+  );
+  await Deno.writeTextFile(`${folder}/ssh_hosts`, names.map((name) => `${name}\n`).join(""));
+  const options = sshd.options;
+  // The peers tell nodes apart by name alone: here each name is this machine.
+  const flags = [
+    "-o",
+    "HostName=127.0.0.1",
+    "-i",
+    sshd.keyPath,
+    "-p",
+    String(sshd.port),
+    ...options.flatMap((option) => ["-o", option]),
+  ];
+  const target = (name: string): Pick<Work, "name" | "ours" | "target"> => ({
+    name,
+    ours: () =>
+      cli("ssh", "--gather", "--config", path, ...options.flatMap((it) => ["--ssh-option", it]), "--", "true"),
+    target: (ours, peerMs) => ({ text: "≤ 1.1 ×", isMet: ours.ms <= 1.1 * peerMs }),
+  });
+  const works: Work[] = [
+    {
+      ...target("ssh to 100 nodes, 32 at once"),
+      peer: await peer("clush", [
+        "-f",
+        "32",
+        "-b",
+        "-l",
+        sshd.user,
+        "-o",
+        flags.join(" "),
+        "-w",
+        names.join(","),
+        "true",
+      ]),
+    },
+    {
+      ...target("ssh to 100 nodes, 32 at once"),
+      peer: await peer("parallel-ssh", [
+        "-p",
+        "32",
+        "-i",
+        "-l",
+        sshd.user,
+        "-x",
+        flags.join(" "),
+        "-h",
+        `${folder}/ssh_hosts`,
+        "true",
+      ]),
+    },
+  ];
+  return { works, stop: async () => await sshd[Symbol.asyncDispose]() };
+}
+
+async function row({ name, ours, peer, floorMs, target }: Work): Promise<string[]> {
+  const own: Measure[] = [];
+  const others: Measure[] = [];
+  for (let run = 0; run < RUNS; run++) {
+    own.push(await ours());
+    if (peer) others.push(await peer.run());
+  }
+  const mine = median(own);
+  const peerMs = floorMs ?? (peer ? median(others).ms : undefined);
+  const peerName = floorMs !== undefined ? "the timeout" : peer?.name ?? "not installed";
+  if (peerMs === undefined) return [name, ms(mine.ms), "-", peerName, "-", "-", "", mib(mine.peak)];
+  const { text, isMet } = target(mine, peerMs);
+  const ratio = `${(mine.ms / peerMs).toFixed(2)} ×`;
+  return [name, ms(mine.ms), ms(peerMs), peerName, ratio, text, isMet ? "met" : "MISSED", mib(mine.peak)];
+}
+
+/** What a node costs at each size, the start of the process left out, against what it costs among 1,000. */
+async function growth(inventories: ReadonlyMap<number, string>): Promise<string[][]> {
+  const rows: string[][] = [];
+  for (const check of [["--tcp"], []]) {
+    const start = median(await times(3, () => cli("--version")));
+    let first: number | undefined;
+    for (const count of [1000, 10_000, 50_000]) {
+      const sweep = () => cli("status", ...check, "--json", "--config", inventories.get(count)!);
+      const { ms: total, peak } = median(await times(3, sweep));
+      const each = 1000 * (total - start.ms) / count;
+      first ??= each;
+      rows.push([
+        `${check.length > 0 ? "TCP" : "HTTP"}, ${count.toLocaleString("en")} nodes`,
+        ms(total),
+        `${each.toFixed(0)} µs`,
+        "a node",
+        `${(each / first).toFixed(2)} ×`,
+        "≤ 1.5 ×",
+        each <= 1.5 * first ? "met" : "MISSED",
+        mib(peak),
+      ]);
+    }
+  }
+  return rows;
+}
+
+async function fewDescriptors(path: string): Promise<string[]> {
+  const command = `ulimit -n 64; exec deno run -q --no-prompt -P=cli cli.ts status --json --quiet --config ${path}`;
+  const { code, ms: total } = await exitCode("sh", ["-c", command]);
+  return ["500 nodes with 64 descriptors", ms(total), "-", "-", "-", "all up", code === 0 ? "met" : "MISSED", "-"];
+}
+
+async function exitCode(program: string, args: string[]): Promise<{ code: number; ms: number }> {
+  const started = performance.now();
+  const { code } = await new Deno.Command(program, { args, cwd: ROOT, stdout: "null", stderr: "null" }).output();
+  return { code, ms: performance.now() - started };
+}
+
+async function times<T>(count: number, run: () => Promise<T>): Promise<T[]> {
+  const results: T[] = [];
+  for (let index = 0; index < count; index++) results.push(await run());
+  return results;
+}
+
+function median(measures: readonly Measure[]): Measure {
+  const sorted = measures.toSorted((a, b) => a.ms - b.ms);
+  return { ms: sorted[Math.floor(sorted.length / 2)]!.ms, peak: Math.max(...measures.map(({ peak }) => peak)) };
+}
+
+function ms(value: number): string {
+  return value < 1000 ? `${value.toFixed(0)} ms` : `${(value / 1000).toFixed(2)} s`;
+}
+
+function mib(bytes: number): string {
+  return bytes === 0 ? "-" : `${(bytes / 1024 / 1024).toFixed(0)} MiB`;
+}
+
+function memory(): string {
+  return `${(Deno.systemMemoryInfo().total / 1024 ** 3).toFixed(0)} GiB`;
+}
