@@ -34,9 +34,8 @@ import {
   selectNodes,
   sshCommand,
 } from "./mod.ts";
+import manifest from "./deno.json" with { type: "json" };
 import { formatConfigProblem, hostPort, isTypo, missingNetFlag, netHosts } from "./cluster_hosts.ts";
-
-const VERSION = "0.1.0";
 
 /** Output of one stream of one node that is kept. */
 const MAX_OUTPUT_BYTES = 1024 * 1024;
@@ -208,7 +207,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
   },
 };
 
-const HELP = `cluster-hosts ${VERSION}: which nodes of the cluster there are, and which answer
+const HELP = `cluster-hosts ${manifest.version}: which nodes of the cluster there are, and which answer
 
 Usage: cluster-hosts COMMAND [NODE...] [options]
 
@@ -288,7 +287,7 @@ export async function main(args: readonly string[]): Promise<number> {
 async function runCommand(args: readonly string[]): Promise<number> {
   const [name, ...rest] = args;
   if (name === "--version") {
-    print(`cluster-hosts ${VERSION}\n`);
+    print(`cluster-hosts ${manifest.version}\n`);
     return 0;
   }
   if (name === undefined || name === "--help" || name === "-h" || name === "help") {
