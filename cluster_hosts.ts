@@ -641,6 +641,8 @@ export function inspectHostsConfig(text: string): HostsConfigReport {
 function parseDocument(text: string): { config: HostsConfig; problems: ConfigProblem[] } {
   const empty = { hosts: {}, elo_sync: {} };
   const fault = (problem: ConfigProblem) => ({ config: empty, problems: [problem] });
+  // A log-in page can be valid YAML, and would be an empty cluster.
+  if (/^\s*<[!?a-z]/i.test(text)) return fault({ path: "", message: "is HTML or XML, not YAML" });
   let document: unknown;
   try {
     // The core schema has no merge keys, which @std/yaml expands without a bound, and leaves dates as written.

@@ -81,7 +81,7 @@ Deno.test("README collect.ts adds up the games, and leaves out a node that fails
     { hostname: "127.0.0.1", port: 0, onListen() {} },
     () => asked++ === 0 ? Response.json({ game_count: 1000 }) : new Response("no", { status: 500 }),
   );
-  // Both are this very host, which the script leaves out: another address of the loopback is not.
+  // By URL alone: a node with an address of this host would be left out.
   const { code, stdout, stderr } = await runScript("collect.ts", {
     "gpu-1": { data_server_url: `http://127.0.0.1:${good.port}` },
     "gpu-2": { data_server_url: `http://127.0.0.1:${failing.addr.port}` },
