@@ -647,7 +647,7 @@ function parseDocument(text: string): { config: HostsConfig; problems: ConfigPro
   try {
     // The core schema has no merge keys, which @std/yaml expands without a bound, and leaves dates as written.
     document = parse(text, { schema: "core" });
-    expandMergeKeys(document, 1_000_000 + text.length);
+    expandMergeKeys(document, 200_000 + text.length);
   } catch (error) {
     if (error instanceof MergeError) return fault({ path: "", message: error.message });
     if (error instanceof RangeError) return fault({ path: "", message: "is nested too deeply" });
@@ -668,8 +668,8 @@ function parseDocument(text: string): { config: HostsConfig; problems: ConfigPro
 
 function syntaxProblem(error: SyntaxError, text: string): ConfigProblem {
   const { line, column } = error as { line?: number; column?: number };
-  // After the reason, the message shows the source; inside it, quoted, come names out of the source.
-  const reason = error.message.split(/ at line \d+, column \d+|\n/, 1)[0]!.replace(/ "[^"]*"| !<.*>/g, "");
+  // After the reason, the message shows the source; at its end, quoted, come names out of the source.
+  const reason = error.message.split(/ at line \d+, column \d+|\n/, 1)[0]!.replace(/ (?:"|!<).*/s, "");
   const message = `is not valid YAML: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}`;
   if (text.includes("\0")) return { path: "", message: "holds a NUL character: is it a text file?" };
   if (line === undefined || column === undefined) return { path: "", message };
@@ -715,7 +715,7 @@ function expandMergeKeys(root: unknown, budget: number): void {
 
 type Check = (value: unknown) => string | undefined;
 
-const PLACEHOLDER = /^<[^<>]*>$/;
+const PLACEHOLDER = /^(?:[^@]*@)?<[^<>]*>$/;
 const UNSAFE_TEXT = /[\s\p{Cc}\p{Cf};&|<>()$`\\"'*?[\]{}!#%^]/u;
 // deno-lint-ignore no-control-regex
 const CONTROL_TEXT = /[\x00-\x1f\x7f-\x9f]/;
@@ -852,6 +852,7 @@ function checkUrl(value: unknown): string | undefined {
 
 function* findDoubts(config: HostsConfig): Generator<ConfigProblem> {
   const knownStatuses = ["active", "ready", "unknown", ...INACTIVE_STATUSES];
+  const fields = Object.keys(HOST_CHECKS);
   const takenBy = new Map<string, string>();
   for (const [name, entry] of Object.entries(config.hosts)) {
     const path = `hosts.${name}`;
@@ -859,9 +860,8 @@ function* findDoubts(config: HostsConfig): Generator<ConfigProblem> {
     const known = knownStatuses.includes(node.status) ? undefined : knownStatuses.find((it) => isTypo(node.status, it));
     if (known) yield { path: `${path}.status`, message: `is one slip away from "${known}"` };
     for (const key of Object.keys(entry)) {
-      const field = Object.hasOwn(HOST_CHECKS, key)
-        ? undefined
-        : Object.keys(HOST_CHECKS).find((it) => isTypo(key, it) && isUnset(entry[it]));
+      const isOwn = Object.hasOwn(HOST_CHECKS, key) || fields.some((it) => isPlural(key, it));
+      const field = isOwn ? undefined : fields.find((it) => isTypo(key, it) && isUnset(entry[it]));
       if (field) yield { path: `${path}.${key}`, message: `is not used: is "${field}" meant?` };
     }
     for (const key of ["tailscale_ip", "ssh_host", "data_server_url"]) {
@@ -890,6 +890,11 @@ function* findDoubts(config: HostsConfig): Generator<ConfigProblem> {
       yield { path, message: "names a node that is not active" };
     }
   }
+}
+
+/** `gpus: 8` beside `gpu` is a key that people have, not a slip. */
+function isPlural(key: string, other: string): boolean {
+  return key === `${other}s` || other === `${key}s`;
 }
 
 /** Whether one insertion, deletion, replacement or swap of neighbours turns `word` into `other`. */
@@ -926,7 +931,7 @@ function indentationTabs(text: string): { line: number; isKey: boolean }[] {
     if (scalarIndent !== undefined && indent > scalarIndent) continue;
     scalarIndent = /(?:^|[\s:-])[|>][-+\d]*\s*(?:#.*)?$/.test(line) ? indent : undefined;
     if (!/^ *\t/.test(line)) continue;
-    tabs.push({ line: index + 1, isKey: /^[ \t]+(?:- |(?![#"'{[])[^#]*?:(?:\s|$))/.test(line) });
+    tabs.push({ line: index + 1, isKey: /^(?:- |[^#"'{[][^#]*?:(?:\s|$))/.test(line.trimStart()) });
   }
   return tabs;
 }
@@ -937,12 +942,13 @@ function withLines(problems: readonly ConfigProblem[], text: string): ConfigProb
   const lines = new Map<string, { line: number; column: number }>();
   const parents: { indent: number; path: string }[] = [];
   for (const [index, source] of text.split("\n").entries()) {
-    const match = /^( *)(?:"((?:[^"\\]|\\.)*)"|'((?:[^']|'')*)'|([^\s#"'\-[{&*!|>%@`][^#]*?|-[^\s#][^#]*?))\s*:(?:\s|$)/
-      .exec(source);
+    const match =
+      /^( *)(?:"((?:[^"\\]|\\.)*)"\s*|'((?:[^']|'')*)'\s*|([^\s#"'\-[{&*!|>%@`][^#]*?|-[^\s#][^#]*?)):(?:\s|$)/
+        .exec(source);
     if (!match) continue;
     const indent = match[1]!.length;
     while (parents.length > 0 && parents.at(-1)!.indent >= indent) parents.pop();
-    const key = match[2] ?? match[3]?.replaceAll("''", "'") ?? match[4]!;
+    const key = match[2] ?? match[3]?.replaceAll("''", "'") ?? match[4]!.trimEnd();
     const path = parents.length > 0 ? `${parents.at(-1)!.path}.${key}` : key;
     parents.push({ indent, path });
     const position = { line: index + 1, column: indent + 1 };

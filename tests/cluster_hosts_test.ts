@@ -220,7 +220,7 @@ Deno.test("loadHostsConfig() keeps the YAML as written, and takes an object", as
 });
 
 Deno.test("loadHostsConfig() fetches a URL, and says what is wrong with one", async () => {
-  await using server = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen() {} }, ({ url }) => {
+  await using server = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen() {} }, ({ url, signal }) => {
     switch (new URL(url).pathname) {
       case "/hosts.yaml":
         return new Response("hosts: { gpu-1: {} }");
@@ -229,7 +229,8 @@ Deno.test("loadHostsConfig() fetches a URL, and says what is wrong with one", as
       case "/moved":
         return new Response(null, { status: 302, headers: { location: "/hosts.yaml" } });
       case "/never":
-        return new Promise<Response>(() => {});
+        // Until the client leaves: the server waits for its answers before it ends.
+        return new Promise<Response>((resolve) => signal.addEventListener("abort", () => resolve(new Response())));
     }
     return new Response("no", { status: 404 });
   });

@@ -2,7 +2,7 @@ import { assert, assertEquals, assertStringIncludes } from "jsr:@std/assert@^1.0
 import { DatabaseSync } from "node:sqlite";
 import { serveCheckout } from "./checkout.ts";
 import { ROOT, run, runCli, startNode, writeInventory } from "./loopback_cluster.ts";
-import { startSshd, whyNoSshd } from "./sshd.ts";
+import { sshdMissing, startSshd } from "./sshd.ts";
 
 const README = await Deno.readTextFile(`${ROOT}README.md`);
 
@@ -89,6 +89,8 @@ Deno.test("README collect.ts adds up the games, and leaves out a node that fails
   assertEquals({ code, stdout }, { code: 0, stdout: "40 games in the cluster\n" });
   assertStringIncludes(stderr, `http://127.0.0.1:${failing.addr.port} is left out: Error: HTTP 500`);
 });
+
+const whyNoSshd = sshdMissing();
 
 Deno.test({
   name: `README uptime.ts runs a command on all active nodes${whyNoSshd ? ` (ignored: ${whyNoSshd})` : ""}`,
