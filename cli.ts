@@ -150,7 +150,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
       "unchecked",
       ...COMMON,
     ],
-    notes: "With --port or --path, the kind may be left out. A node is given when its /status answers.",
+    notes: "With --port or --path, the kind may be left out. What is checked is /status.",
     examples: ["cluster-hosts urls data | aria2c -i -", "cluster-hosts urls --port 9000 --path /games"],
     run: urls,
   },
@@ -201,7 +201,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     summary: "the least Deno flags with which a command runs",
     usage: "permissions [--fold] COMMAND [its arguments]",
     options: ["fold", "help"],
-    notes: "For this inventory, and on one line, so that `deno run $(...) URL COMMAND` takes it.",
+    notes: "For this inventory, on one line, as `deno run $(...) URL COMMAND` takes it.",
     examples: ["cluster-hosts permissions status", "cluster-hosts permissions --fold wait 'gpu-*' --port 22"],
     run: permissions,
   },
@@ -219,7 +219,7 @@ Without one: all active nodes.
 ${optionHelp([...SELECTION, "timeout", "concurrency", "port", ...COMMON, "version"])}
 
 "cluster-hosts COMMAND --help" tells what each command takes.
-Exit code 0: all is well; 1: it is not; 2: bad usage, bad config, or not checked.
+Exit code 0: all is well; 1: it is not; 2: bad usage or config, or not checked.
 `;
 
 function optionHelp(names: readonly OptionName[]): string {
@@ -341,10 +341,11 @@ function parseFlags(name: string, command: Command, args: readonly string[]): Fl
   const texts = (option: OptionName) => {
     const value = parsed[option];
     if (value === undefined || (Array.isArray(value) && value.length === 0)) return undefined;
-    const values = Array.isArray(value) ? value.map(String) : [String(value)];
-    if (values.includes("")) throw new UsageError(`--${option} needs a value: ${OPTIONS[option as "config"].value}`);
-    return values;
+    return Array.isArray(value) ? value.map(String) : [String(value)];
   };
+  for (const [option, { value }] of options) {
+    if (value && texts(option as OptionName)?.includes("")) throw new UsageError(`--${option} needs a value: ${value}`);
+  }
   const text = (option: OptionName) => texts(option)?.at(-1);
   return {
     nodes: parsed._,
@@ -811,10 +812,12 @@ function urlKind(flags: Flags): { kind: typeof URL_KINDS[number] | "other"; name
 async function urls(flags: Flags): Promise<number> {
   const { kind, names } = urlKind(flags);
   let checked = 0;
+  let hasAddress = false;
   const found = await interruptible(async (signal) => {
     const inventory = await loadInventory(flags, signal);
-    const total = select(flags, inventory, names).length;
-    const progress = new Progress(total, flags);
+    const selected = select(flags, inventory, names);
+    hasAddress = selected.some((node) => node.dataServerBaseUrl !== undefined);
+    const progress = new Progress(selected.length, flags);
     const { timeoutMs, concurrency, port } = sweepFlags(flags);
     const path = flags.text("path");
     const options = {
@@ -842,7 +845,9 @@ async function urls(flags: Flags): Promise<number> {
   else print(found.map((url) => `${escapeText(url)}\n`).join(""));
   if (found.length === 0 && !flags.has("quiet")) {
     warn(
-      checked > 0
+      !hasAddress
+        ? "No selected node has an address"
+        : checked > 0
         ? "No node answered: cluster-hosts status tells why"
         : "Only this host itself is selected: see --include-self",
     );
@@ -1140,7 +1145,7 @@ class OutputReader {
 }
 
 function sshJson({ node, ...result }: SshResult): Record<string, unknown> {
-  return { name: node.name, ...result };
+  return { name: node.name, ...result, failure: result.failure ?? null };
 }
 
 function gathered(results: readonly SshResult[]): string {

@@ -584,8 +584,12 @@ function firstInvalidLine(bytes: Uint8Array<ArrayBuffer>): number {
 export function parseHostsConfig(text: string, origin = "inventory"): HostsConfig {
   const { config, problems } = parseDocument(text);
   if (problems.length > 0) throw new HostsConfigError(origin, problems);
+  validConfigs.add(config);
   return config;
 }
+
+/** What was validated when it was parsed, and need not be again in each function that it is given to. */
+const validConfigs = new WeakSet<HostsConfig>();
 
 /**
  * Loads an inventory: the file, URL or object given, else the file named by `RINGRIFT_HOSTS_CONFIG`, else
@@ -609,6 +613,7 @@ export function parseHostsConfig(text: string, origin = "inventory"): HostsConfi
  */
 export async function loadHostsConfig(source?: ConfigSource, options: LoadOptions = {}): Promise<HostsConfig> {
   if (typeof source === "object" && !(source instanceof URL)) {
+    if (validConfigs.has(source)) return source;
     const problems = findProblems(source);
     if (problems.length > 0) throw new HostsConfigError("config object", problems);
     return source;
@@ -647,7 +652,7 @@ function parseDocument(text: string): { config: HostsConfig; problems: ConfigPro
   try {
     // The core schema has no merge keys, which @std/yaml expands without a bound, and leaves dates as written.
     document = parse(text, { schema: "core" });
-    expandMergeKeys(document, 200_000 + text.length);
+    if (text.includes("<<")) expandMergeKeys(document, 200_000 + text.length);
   } catch (error) {
     if (error instanceof MergeError) return fault({ path: "", message: error.message });
     if (error instanceof RangeError) return fault({ path: "", message: "is nested too deeply" });
@@ -716,7 +721,9 @@ function expandMergeKeys(root: unknown, budget: number): void {
 type Check = (value: unknown) => string | undefined;
 
 const PLACEHOLDER = /^(?:[^@]*@)?<[^<>]*>$/;
-const UNSAFE_TEXT = /[\s\p{Cc}\p{Cf};&|<>()$`\\"'*?[\]{}!#%^]/u;
+// Spelt out, since a class such as \p{Cf} takes longer to compile than a small inventory takes to load.
+// deno-lint-ignore no-control-regex
+const UNSAFE_TEXT = /[\s\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f;&|<>()$`\\"'*?[\]{}!#%^]/;
 // deno-lint-ignore no-control-regex
 const CONTROL_TEXT = /[\x00-\x1f\x7f-\x9f]/;
 
@@ -846,7 +853,7 @@ function checkUrl(value: unknown): string | undefined {
   const text = value.trim();
   if (PLACEHOLDER.test(text)) return;
   if (!/^https?:\/\//i.test(text) || !URL.canParse(text)) return expected;
-  if (/[\s\p{Cc}\p{Cf}"'`<>\\]/u.test(text)) return `${expected}, without spaces or quotes`;
+  if (CONTROL_TEXT.test(text) || /[\s"'`<>\\]/.test(text)) return `${expected}, without spaces or quotes`;
   if (new URL(text).port === "0") return "expected a port from 1 to 65535";
 }
 
@@ -922,7 +929,7 @@ function findHarmlessTabs(text: string): ConfigProblem[] {
 
 /** Lines indented with a tab, outside of block scalars and of JSON, where tabs are fine. */
 function indentationTabs(text: string): { line: number; isKey: boolean }[] {
-  if (!text.includes("\t") || /^\s*[{[]/.test(text)) return [];
+  if (!/^ *\t/m.test(text) || /^\s*[{[]/.test(text)) return [];
   const tabs: { line: number; isKey: boolean }[] = [];
   let scalarIndent: number | undefined;
   for (const [index, line] of text.split("\n").entries()) {
@@ -1036,13 +1043,16 @@ export class ClusterNode {
 
   /** The address to use: the Tailscale one, else the host of `sshHost`; `undefined` where there is none. */
   get bestIp(): string | undefined {
-    return this.addresses[0];
+    const address = this.tailscaleIp ?? hostOf(this.sshHost);
+    return address && withoutBrackets(address);
   }
 
   /** Every distinct address, best first. */
   get addresses(): string[] {
-    const candidates = [this.tailscaleIp, nonBlank(splitUser(this.sshHost ?? "").host)];
-    return [...new Set(candidates.filter((address) => address !== undefined).map(withoutBrackets))];
+    const best = this.bestIp;
+    const host = hostOf(this.sshHost);
+    if (best === undefined) return [];
+    return host === undefined || withoutBrackets(host) === best ? [best] : [best, withoutBrackets(host)];
   }
 
   /** `dataServerUrl` as written, else `http://ADDRESS:PORT`; `undefined` where there is neither. */
@@ -1088,7 +1098,11 @@ async function clusterNodes(config: HostsConfig): Promise<Map<string, ClusterNod
 }
 
 function nodeFromEntry(name: string, entry: HostEntry, defaultPort: number): ClusterNode {
-  const text = (value: unknown) => isUnset(value) || PLACEHOLDER.test(String(value).trim()) ? undefined : String(value);
+  const text = (value: unknown) => {
+    if (value === undefined || value === null) return undefined;
+    const text = String(value);
+    return text.includes("<") && PLACEHOLDER.test(text.trim()) ? undefined : text;
+  };
   const number = (value: unknown) => isUnset(value) ? undefined : Number(value);
   return new ClusterNode({
     name,
@@ -1335,6 +1349,8 @@ interface ProbeSettings {
   readonly path: string;
   readonly check: "http" | "tcp";
   readonly timeoutMs: number;
+  /** Whether every host may be connected to, so that thousands need no query of their own. */
+  readonly isNetOpen: boolean;
   /** What the end of the whole call has to abort. */
   readonly running: Set<AbortController>;
 }
@@ -1350,7 +1366,8 @@ function probeSettings(options: ProbeOptions): ProbeSettings {
   if (!(timeoutMs > 0 && timeoutMs < 2 ** 31)) {
     throw new RangeError(`Cannot wait for ${timeoutMs} ms: expected a number above 0 and below 2 ** 31`);
   }
-  return { port, path, check, timeoutMs, running: new Set() };
+  const isNetOpen = Deno.permissions.querySync({ name: "net" }).state === "granted";
+  return { port, path, check, timeoutMs, isNetOpen, running: new Set() };
 }
 
 /**
@@ -1567,7 +1584,7 @@ async function probeAt(
 
 /** The outcome at each endpoint that was tried, in their order; the last started one that is up ends the others. */
 async function tryEndpoints(endpoints: readonly Endpoint[], settings: ProbeSettings): Promise<Outcome[]> {
-  const { timeoutMs, check, running } = settings;
+  const { timeoutMs, running } = settings;
   const controller = new AbortController();
   running.add(controller);
   const timer = setTimeout(
@@ -1576,12 +1593,12 @@ async function tryEndpoints(endpoints: readonly Endpoint[], settings: ProbeSetti
   );
   try {
     const [only] = endpoints;
-    if (only && endpoints.length === 1) return [await tryEndpoint(only, check, controller.signal)];
+    if (only && endpoints.length === 1) return [await tryEndpoint(only, settings, controller.signal)];
     const nextMs = Math.min(NEXT_ADDRESS_MS, timeoutMs / endpoints.length);
     const attempts: Promise<Outcome>[] = [];
     for (const endpoint of endpoints) {
       if (controller.signal.aborted) break;
-      const attempt = tryEndpoint(endpoint, check, controller.signal).then((outcome) => {
+      const attempt = tryEndpoint(endpoint, settings, controller.signal).then((outcome) => {
         if (outcome.state === "up") controller.abort();
         return outcome;
       });
@@ -1605,13 +1622,14 @@ async function settledOrAfter(promise: Promise<unknown>, ms: number, signal: Abo
   }
 }
 
-async function tryEndpoint(endpoint: Endpoint, check: "http" | "tcp", signal: AbortSignal): Promise<Outcome> {
+async function tryEndpoint(endpoint: Endpoint, settings: ProbeSettings, signal: AbortSignal): Promise<Outcome> {
   const started = performance.now();
   let connectMs: number | undefined;
   try {
+    if (!settings.isNetOpen) requireNet(hostPort(endpoint.address, endpoint.port));
     const conn = await connect(endpoint, signal);
     connectMs = performance.now() - started;
-    if (check === "tcp") {
+    if (settings.check === "tcp") {
       conn.close();
       return { endpoint, state: "up", connectMs };
     }
@@ -1626,7 +1644,6 @@ async function tryEndpoint(endpoint: Endpoint, check: "http" | "tcp", signal: Ab
 }
 
 async function connect({ address, port }: Endpoint, signal: AbortSignal): Promise<Deno.TcpConn> {
-  requireNet(hostPort(address, port));
   const isLiteral = address.includes(":") || /^\d+\.\d+\.\d+\.\d+$/.test(address);
   if (isLiteral) return await connectTo(address, port, signal);
   let fault: unknown;
@@ -2167,6 +2184,10 @@ function splitUser(sshHost: string): { user: string | undefined; host: string } 
   return at < 0 ? { user: undefined, host: sshHost } : { user: sshHost.slice(0, at), host: sshHost.slice(at + 1) };
 }
 
+function hostOf(sshHost: string | undefined): string | undefined {
+  return sshHost === undefined ? undefined : nonBlank(splitUser(sshHost).host);
+}
+
 function withoutBrackets(host: string): string {
   return host.startsWith("[") && host.endsWith("]") ? host.slice(1, -1) : host;
 }
@@ -2222,8 +2243,6 @@ function netState(host: string): Deno.PermissionState {
 }
 
 function requireNet(host: string): void {
-  // Asked first as a whole: thousands of hosts need no query of their own then.
-  if (Deno.permissions.querySync({ name: "net" }).state === "granted") return;
   if (netState(host) !== "granted") throw denied("net access", `--allow-net=${host}`);
 }
 

@@ -116,8 +116,7 @@ Deno.test("a wrong command line is one line that names it", async () => {
     [["urls", "elo", "--path", "db"], 'Cannot ask for "db": expected a path that begins with "/", URL-encoded'],
   ];
   for (const [[command, ...rest], message] of cases) {
-    const takesConfig = COMMANDS.includes(command!) && rest.at(-1) !== "--role";
-    const args = [command!, ...(takesConfig ? ["--config", DEMO] : []), ...rest];
+    const args = [command!, ...(COMMANDS.includes(command!) ? ["--config", DEMO] : []), ...rest];
     assertUsageError(await runCli(args), message, args);
   }
   assertStringIncludes((await runCli(["urls"])).stderr, "elo, data or models");

@@ -91,7 +91,7 @@ const CONVERSATIONS = {
     for (;; await delay(50, { signal })) await send(conn, " ");
   },
   "endless-1xx": async (conn) => {
-    for (const answers = "HTTP/1.1 102 Processing\r\n\r\n".repeat(100);;) await send(conn, answers);
+    for (const answers = "HTTP/1.1 102 Processing\r\n\r\n".repeat(4000);;) await send(conn, answers);
   },
   "endless-body": async (conn) => {
     await send(conn, `${JSON_HEAD}\r\n`);

@@ -14,7 +14,7 @@ const isLinux = Deno.build.os === "linux";
 
 interface Measure {
   readonly ms: number;
-  /** The most memory that the process held, in bytes; only Linux tells. */
+  /** The most memory that the process held, in bytes; 0 where GNU time is not there to tell. */
   readonly peak: number;
 }
 
@@ -27,6 +27,7 @@ interface Work {
   readonly target: (ours: Measure, peerMs: number) => { readonly text: string; readonly isMet: boolean };
 }
 
+const hasTime = Deno.build.os === "linux" && await isInstalled("/usr/bin/time");
 const folder = await Deno.makeTempDir({ dir: "/tmp" });
 const server = new Deno.Command("deno", {
   args: ["run", "-q", "--allow-net", `${ROOT}tests/bench/server.ts`],
@@ -157,22 +158,16 @@ function cli(...args: string[]): Promise<Measure> {
 }
 
 async function measure(program: string, args: readonly string[]): Promise<Measure> {
+  const report = `${folder}/peak`;
+  const wrapped = hasTime ? ["/usr/bin/time", "-f", "%M", "-o", report, program, ...args] : [program, ...args];
   const started = performance.now();
-  const child = new Deno.Command(program, { args: [...args], stdin: "null", stdout: "null", stderr: "null" }).spawn();
-  let peak = 0;
-  const sampler = setInterval(() => {
-    try {
-      const status = Deno.readTextFileSync(`/proc/${child.pid}/status`);
-      peak = Math.max(peak, 1024 * Number(/VmHWM:\s+(\d+)/.exec(status)?.[1] ?? 0));
-    } catch {
-      // It has just ended, or this is not Linux.
-    }
-  }, 10);
-  const { code } = await child.status;
+  const [command = "", ...rest] = wrapped;
+  const { code } = await new Deno.Command(command, { args: rest, stdin: "null", stdout: "null", stderr: "null" })
+    .output();
   const ms = performance.now() - started;
-  clearInterval(sampler);
   // 1 is an answer: some node is not up.
   if (code > 1) throw new Error(`${program} ${args.join(" ")} ended with ${code}`);
+  const peak = hasTime ? 1024 * Number((await Deno.readTextFile(report)).trim().split("\n").at(-1)) : 0;
   return { ms, peak };
 }
 
@@ -183,12 +178,16 @@ function inProcess(work: () => unknown): Promise<Measure> {
 }
 
 async function peer(program: string, args: readonly string[]): Promise<Work["peer"]> {
+  return await isInstalled(program) ? { name: program, run: () => measure(program, args) } : undefined;
+}
+
+async function isInstalled(program: string): Promise<boolean> {
   try {
     await new Deno.Command(program, { args: ["--version"], stdout: "null", stderr: "null" }).output();
+    return true;
   } catch {
-    return undefined;
+    return false;
   }
-  return { name: program, run: () => measure(program, args) };
 }
 
 function selectionWork(): Work {
