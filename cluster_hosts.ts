@@ -652,7 +652,7 @@ function parseDocument(text: string): { config: HostsConfig; problems: ConfigPro
   try {
     // The core schema has no merge keys, which @std/yaml expands without a bound, and leaves dates as written.
     document = parse(text, { schema: "core" });
-    if (text.includes("<<")) expandMergeKeys(document, 200_000 + text.length);
+    if (text.includes("<<")) expandMergeKeys(document, 50_000 + text.length);
   } catch (error) {
     if (error instanceof MergeError) return fault({ path: "", message: error.message });
     if (error instanceof RangeError) return fault({ path: "", message: "is nested too deeply" });
@@ -815,6 +815,9 @@ function checkHost(value: unknown): string | undefined {
   const host = withoutBrackets(value.trim());
   const colons = host.split(":").length - 1;
   if (host === "" || /[/@,]/.test(host) || colons === 1) return `expected ${what} alone, without user, port or path`;
+  if (/^[\d.]+$/.test(host) && !/^(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?!$)|$)){4}$/.test(host)) {
+    return `expected ${what}: this is no IPv4 address`;
+  }
   if (colons > 1 && !URL.canParse(`http://[${host}]`)) return `expected ${what}: this is no IPv6 address`;
   return checkWord(host, what);
 }
@@ -880,12 +883,11 @@ function* findDoubts(config: HostsConfig): Generator<ConfigProblem> {
     if (node.addresses.length === 0 && !node.dataServerUrl) {
       yield { path, message: "has no address: set tailscale_ip or ssh_host" };
     }
-    for (const address of node.isActive ? node.addresses : []) {
-      const endpoint = hostPort(address, node.dataServerPort);
+    if (node.isActive && node.bestIp !== undefined) {
+      const endpoint = hostPort(node.bestIp, node.dataServerPort);
       const other = takenBy.get(endpoint);
       if (other) yield { path, message: `has the same address and data server port as ${other}` };
-      takenBy.set(endpoint, name);
-      if (other) break;
+      else takenBy.set(endpoint, name);
     }
   }
   if (Object.keys(config.elo_sync).length > 0) {
@@ -2135,7 +2137,8 @@ function selfTest(): (node: ClusterNode) => boolean {
  * @throws {RangeError} if the port or the connect timeout is out of range
  */
 export function sshCommand(node: ClusterNode, command: readonly string[], options: SshOptions = {}): string[] {
-  const { user = node.sshUser, connectTimeoutMs = 10_000, options: extra = [] } = options;
+  const { connectTimeoutMs = 10_000, options: extra = [] } = options;
+  const user = nonBlank(options.user) ?? node.sshUser;
   const fault = (reason: string) => new TypeError(`Cannot build the ssh command of "${node.name}": ${reason}`);
   const host = node.bestIp;
   if (host === undefined) throw fault("it has no address: set tailscale_ip or ssh_host");

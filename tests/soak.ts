@@ -1,0 +1,75 @@
+/**
+ * `deno task soak`: 200 sweeps of 200 nodes, well and ill, in one process. It ends ill if descriptors or memory grow by
+ * more than a fifth between the tenth sweep and the last.
+ *
+ * @module
+ */
+import { ClusterNode, probeNodes } from "../mod.ts";
+import { type Behaviour, startNode } from "./loopback_cluster.ts";
+
+const SWEEPS = 200;
+const NODES = 200;
+const GROWTH = 1.2;
+
+const BEHAVIOURS: readonly Behaviour[] = [
+  "ok",
+  "ok",
+  "ok",
+  "refuses",
+  "silent",
+  "black-hole",
+  "http-500",
+  "trickle-body",
+  "endless-body",
+  "reset",
+];
+
+interface Usage {
+  readonly descriptors: number;
+  readonly rssMb: number;
+  readonly heapMb: number;
+}
+
+function usage(): Usage {
+  // `--v8-flags=--expose-gc`: what is only not collected yet is no leak.
+  (globalThis as { gc?: () => void }).gc?.();
+  const { rss, heapUsed } = Deno.memoryUsage();
+  return {
+    descriptors: [...Deno.readDirSync("/proc/self/fd")].length,
+    rssMb: rss / 2 ** 20,
+    heapMb: heapUsed / 2 ** 20,
+  };
+}
+
+async function soak(): Promise<number> {
+  await using servers = new AsyncDisposableStack();
+  const ports: number[] = [];
+  for (const behaviour of BEHAVIOURS) ports.push(servers.use(await startNode(behaviour)).port);
+  const nodes = Array.from({ length: NODES }, (_, index) =>
+    new ClusterNode({
+      name: `node-${index}`,
+      tailscaleIp: "127.0.0.1",
+      dataServerPort: ports[index % ports.length],
+    }));
+
+  let tenth: Usage | undefined;
+  let last: Usage | undefined;
+  for (let sweep = 1; sweep <= SWEEPS; sweep++) {
+    const probes = await probeNodes(nodes, { timeoutMs: 150 });
+    const up = probes.filter(({ state }) => state === "up").length;
+    if (up === 0) throw new Error(`No node was up in sweep ${sweep}`);
+    if (sweep !== 10 && sweep !== SWEEPS) continue;
+    last = usage();
+    tenth ??= last;
+    const { descriptors, rssMb, heapMb } = last;
+    console.log(
+      `sweep ${String(sweep).padStart(3)}: ${up} of ${NODES} up, ${descriptors} descriptors, ` +
+        `${rssMb.toFixed(1)} MB RSS, ${heapMb.toFixed(1)} MB heap`,
+    );
+  }
+  const grown = (["descriptors", "rssMb", "heapMb"] as const).filter((key) => last![key] > GROWTH * tenth![key]);
+  if (grown.length > 0) console.error(`Grown by more than a fifth: ${grown.join(", ")}`);
+  return grown.length > 0 ? 1 : 0;
+}
+
+Deno.exitCode = await soak();
