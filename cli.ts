@@ -668,11 +668,11 @@ async function watch(flags: Flags, intervalMs: number, signal: AbortSignal): Pro
     const round = await checkRound(flags, nodes, signal);
     if (signal.aborted) break;
     exitCode = round.exitCode;
+    const flag = missingNetFlag(round.probes, sweepFlags(flags).port);
+    if (flag) throw new Error(netDenied(flag));
     const changes = noteChanges(since, round.probes);
     if (isLive) drawRound(round, since, intervalMs, trouble);
     else if (!flags.has("quiet")) print(changes.map((change) => changeLine(change, flags.has("json"))).join(""));
-    const flag = missingNetFlag(round.probes, sweepFlags(flags).port);
-    if (flag) throw new Error(netDenied(flag));
     await delay(intervalMs, { signal }).catch(() => {});
     if (signal.aborted) break;
   }
@@ -866,7 +866,9 @@ async function wait(flags: Flags): Promise<number> {
     const isQuiet = flags.has("quiet") || flags.has("json");
     const announced = new Set<ClusterNode>();
     const waitedMs = () => performance.now() - started;
+    const lastMs = totalMs - Math.min(1000, totalMs / 4);
     let last = new Map<ClusterNode, NodeProbe>();
+    let isLast = false;
     for (;;) {
       const current = new Map<ClusterNode, NodeProbe>();
       try {
@@ -892,9 +894,8 @@ async function wait(flags: Flags): Promise<number> {
       const probes = [...last.values()];
       const flag = missingNetFlag(probes, port);
       if (flag) throw new Error(netDenied(flag));
-      const isOver = waitedMs() + intervalMs >= totalMs;
       const exitCode = countStates(probes).up >= minUp ? 0 : 1;
-      if (exitCode === 0 || isOver) {
+      if (exitCode === 0 || isLast || waitedMs() >= totalMs) {
         if (flags.has("json")) {
           const isUp = (node: ClusterNode) => last.get(node)?.state === "up";
           print(jsonDocument(
@@ -906,7 +907,9 @@ async function wait(flags: Flags): Promise<number> {
         if (exitCode !== 0) warnMissing(flags, nodes, last, waitedMs());
         return exitCode;
       }
-      await delay(intervalMs, { signal });
+      // The last check is early enough for its answers to count.
+      isLast = waitedMs() + intervalMs >= lastMs;
+      await delay(isLast ? lastMs - waitedMs() : intervalMs, { signal });
     }
   });
 }
@@ -1326,11 +1329,13 @@ function prometheusTargets(flags: Flags, nodes: readonly ClusterNode[]): string 
 }
 
 function sshConfig(_flags: Flags, nodes: readonly ClusterNode[]): string {
-  const unusable = nodes.filter(({ name }) => /[*?!"#,]/.test(name)).map(({ name }) => JSON.stringify(name));
+  const unusable = nodes.filter(({ name }) => /[*?!"#,]/.test(name) || escapeText(name) !== name).map(({ name }) =>
+    JSON.stringify(name)
+  );
   if (unusable.length > 0) {
-    throw new Error(`Cannot name in ssh_config, where these would be patterns or comments: ${unusable.join(", ")}`);
+    throw new Error(`Cannot be named in ssh_config, as patterns, comments or hidden text: ${unusable.join(", ")}`);
   }
-  const quoted = (text: string) => /\s/.test(text) ? `"${text}"` : text;
+  const quoted = (text: string) => /^[\w.:@~/+-]+$/.test(text) ? text : `"${text.replaceAll("\\", "\\\\")}"`;
   return nodes.map((node) => {
     if (node.bestIp === undefined) return `# ${node.name}: no address\n`;
     return [

@@ -1486,6 +1486,7 @@ async function sweep(
   }
   const settings = probeSettings(options);
   signal?.throwIfAborted();
+  openSignalSockets();
 
   const probes = new Array<NodeProbe>(nodes.length);
   const ended = new AbortController();
@@ -1520,6 +1521,20 @@ async function sweep(
     signal?.removeEventListener("abort", abort);
     ended.abort();
     for (const controller of settings.running) controller.abort();
+  }
+}
+
+/**
+ * Half a second after its start, Deno opens two sockets of its own for signals, and panics if a sweep has taken the last
+ * descriptor by then. This has it open them now.
+ */
+function openSignalSockets(): void {
+  const ignore = () => {};
+  try {
+    Deno.addSignalListener("SIGWINCH", ignore);
+    Deno.removeSignalListener("SIGWINCH", ignore);
+  } catch {
+    // Where there are no such signals, there are no such sockets.
   }
 }
 
@@ -1663,16 +1678,18 @@ async function connect({ address, port }: Endpoint, signal: AbortSignal): Promis
 }
 
 async function connectTo(hostname: string, port: number, signal: AbortSignal): Promise<Deno.TcpConn> {
+  let shortage: ProbeFault | undefined;
   for (let waitMs = 5;; waitMs = Math.min(waitMs * 2, 100)) {
     try {
       return await Deno.connect({ hostname, port, signal });
     } catch (error) {
+      // The node had only the rest of its time: that it did not answer within it says nothing.
+      if (shortage && signal.aborted) throw shortage;
       if (!["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"].includes(errorCode(error))) throw error;
+      shortage = new ProbeFault("local-resource", `this machine ran out of descriptors (${errorCode(error)})`);
       // Other checks of this very sweep give their descriptors back: wait, with jitter, until the node's deadline.
       await delay(waitMs * (0.5 + Math.random()), { signal }).catch(() => {});
-      if (signal.aborted) {
-        throw new ProbeFault("local-resource", `this machine ran out of descriptors (${errorCode(error)})`);
-      }
+      if (signal.aborted) throw shortage;
     }
   }
 }
@@ -1842,6 +1859,7 @@ class ResponseReader {
     for (let searched = 0;;) {
       const pending = this.pending;
       for (let at = pending.indexOf(10, searched); at >= 0; at = pending.indexOf(10, at + 1)) {
+        if (at > maxBytes) break;
         const next = pending[at + 1] === 13 ? at + 2 : at + 1;
         if (end === "\n") return LATIN1.decode(await this.take(at + 1)).trimEnd();
         if (pending[next] === 10) return LATIN1.decode(await this.take(next + 1)).trimEnd();
@@ -1849,7 +1867,9 @@ class ResponseReader {
       }
       if (end === "\n") searched = pending.length;
       if (pending.length > maxBytes) {
-        throw new ProbeFault("too-large", `the head of the answer is larger than ${maxBytes} bytes`);
+        throw end === "\n"
+          ? new ProbeFault("bad-response", "a chunk without a size, or longer than it")
+          : new ProbeFault("too-large", `the head of the answer is larger than ${MAX_HEAD_BYTES} bytes`);
       }
       if (!await this.fill()) throw new ProbeFault("bad-response", "the connection was closed without an answer");
     }
@@ -1875,6 +1895,7 @@ async function readBody(reader: ResponseReader): Promise<Uint8Array<ArrayBuffer>
     throw new ProbeFault("redirect", `HTTP ${status}, a redirect${location ? ` to ${location.slice(0, 200)}` : ""}`);
   }
   if (status < 200 || status >= 300) throw new ProbeFault("http-status", `HTTP ${status}`);
+  if (status === 204 || status === 205) throw new ProbeFault("bad-response", `HTTP ${status}, without a body`);
   const encoding = headers.get("content-encoding");
   if (encoding && encoding.toLowerCase() !== "identity") {
     throw new ProbeFault("bad-response", "the answer is compressed, which was not asked for");
@@ -2205,7 +2226,7 @@ function nonBlank(text: string | undefined): string | undefined {
 }
 
 function isUnset(value: unknown): boolean {
-  return value === undefined || value === null || (typeof value === "string" && value.trim() === "");
+  return value === undefined || value === null || (typeof value === "string" && !/\S/.test(value));
 }
 
 function isPort(value: number): boolean {
