@@ -958,11 +958,19 @@ async function ssh(flags: Flags): Promise<number> {
   const isLive = !flags.has("gather") && !flags.has("json");
   return await interruptible(async (signal) => {
     const results: SshResult[] = [];
+    // What ends one run by a fault of this side ends them all: no ssh, or nobody left to read.
+    const fault = new AbortController();
+    const either = AbortSignal.any([signal, fault.signal]);
     const runs = pooledMap(concurrency, nodes, async (node: ClusterNode): Promise<void> => {
-      if (signal.aborted) return;
-      results.push(await runSsh(node, commands.get(node), { timeoutMs, signal, isLive }));
+      if (either.aborted) return;
+      try {
+        results.push(await runSsh(node, commands.get(node), { timeoutMs, signal: either, isLive }));
+      } catch (error) {
+        fault.abort(error);
+      }
     });
     for await (const _ of runs);
+    fault.signal.throwIfAborted();
     results.sort((a, b) => nodes.indexOf(a.node) - nodes.indexOf(b.node));
     if (flags.has("json")) print(jsonDocument({}, "nodes", results.map(sshJson)));
     else if (flags.has("gather")) print(gathered(results));
@@ -1021,15 +1029,14 @@ async function runSsh(
     return result({ failure: { code: "local", message: `ssh cannot be started (${(error as Error).message})` } });
   }
   const prefix = isLive ? `${escapeText(node.name)}: ` : undefined;
-  const stdout = new OutputReader(child.stdout, Deno.stdout, prefix);
-  const stderr = new OutputReader(child.stderr, Deno.stderr, prefix);
-
   let isTimedOut = false;
   let killTimer: ReturnType<typeof setTimeout> | undefined;
   const end = () => {
     killQuietly(child, "SIGTERM");
     killTimer ??= setTimeout(() => killQuietly(child, "SIGKILL"), GRACE_MS);
   };
+  const stdout = new OutputReader(child.stdout, Deno.stdout, prefix, end);
+  const stderr = new OutputReader(child.stderr, Deno.stderr, prefix, end);
   const timeout = setTimeout(() => {
     isTimedOut = true;
     end();
@@ -1087,13 +1094,14 @@ class OutputReader {
     stream: ReadableStream<Uint8Array>,
     sink: typeof Deno.stdout | typeof Deno.stderr,
     prefix: string | undefined,
+    onFault: () => void,
   ) {
     this.#reader = stream.getReader();
     this.#sink = sink;
     this.#prefix = prefix;
     this.#ended = this.#read();
-    // It is awaited only when the process has ended.
-    this.#ended.catch(() => {});
+    // It is awaited only when the process has ended, which a full pipe would never let it.
+    this.#ended.catch(onFault);
   }
 
   get text(): string {

@@ -33,7 +33,7 @@ interface Usage {
 }
 
 async function usage(): Promise<Usage> {
-  // What the nodes have not closed yet, and what only not collected yet, is no leak.
+  // Neither connections that the nodes have yet to close nor garbage are a leak.
   await delay(300);
   (globalThis as { gc?: () => void }).gc?.();
   const { rss, heapUsed } = Deno.memoryUsage();
