@@ -5,6 +5,7 @@
  */
 import { ROOT, startDemoCluster } from "./loopback_cluster.ts";
 
+const ESC = "\x1b";
 const COLOURS: Readonly<Record<string, string>> = {
   "1": "#ffffff",
   "2": "#7d8590",
@@ -25,9 +26,9 @@ const { stdout } = await new Deno.Command("script", {
   stdin: "null",
 }).output();
 // What comes before the table is progress, which erases itself.
-const output = new TextDecoder().decode(stdout).replaceAll("\r\n", "\n").replace(/^.*\r\x1b\[K/s, "").trimEnd();
-const lines = [`\x1b[2m$\x1b[0m cluster-hosts ${command}`, ...output.split("\n")];
-const columns = Math.max(...lines.map((line) => line.replace(/\x1b\[\d+m/g, "").length));
+const output = new TextDecoder().decode(stdout).replaceAll("\r\n", "\n").split(`\r${ESC}[K`).at(-1)!.trimEnd();
+const lines = [`${ESC}[2m$${ESC}[0m cluster-hosts ${command}`, ...output.split("\n")];
+const columns = Math.max(...lines.map((line) => line.replaceAll(new RegExp(`${ESC}\\[\\d+m`, "g"), "").length));
 const [width, height] = [columns * CHARACTER_WIDTH + 2 * MARGIN, lines.length * LINE_HEIGHT + 2 * MARGIN];
 const svg = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width.toFixed(0)} ${height}" font-size="14"
   font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace">
@@ -39,8 +40,8 @@ await Deno.writeTextFile(`${ROOT}tests/status.svg`, svg);
 
 function drawLine(line: string, index: number): string {
   const y = MARGIN + (index + 0.75) * LINE_HEIGHT;
-  const spans = line.split(/(?=\x1b\[\d+m)/).map((part) => {
-    const [, code = "0", text = part] = /^\x1b\[(\d+)m(.*)$/s.exec(part) ?? [];
+  const spans = line.split(new RegExp(`(?=${ESC}\\[\\d+m)`)).map((part) => {
+    const [, code = "0", text = part] = new RegExp(`^${ESC}\\[(\\d+)m(.*)$`, "s").exec(part) ?? [];
     return `<tspan fill="${COLOURS[code] ?? TEXT_COLOUR}">${escapeXml(text)}</tspan>`;
   });
   return `<text x="${MARGIN}" y="${y}" xml:space="preserve">${spans.join("")}</text>`;
