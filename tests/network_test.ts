@@ -38,14 +38,13 @@ interface Sweep {
     readonly inOrder: boolean;
   }[];
   readonly ms: number;
-  readonly endedAt: number;
   readonly descriptors: readonly [before: number, after: number];
   /** How long an asynchronous file read took, right after the sweep. */
   readonly readMs: number;
 }
 
-/** What {@linkcode sweepElsewhere} runs. Before it counts, it has the runtime open what that keeps. */
-const SWEEP = `
+/** What each script below begins with. Before it counts, it has the runtime open what that keeps. */
+const PRELUDE = `
 import { ClusterNode, probeNodes } from ${JSON.stringify(`${ROOT}mod.ts`)};
 
 const [fields, options] = JSON.parse(Deno.args[0]);
@@ -55,6 +54,9 @@ await probeNodes([new ClusterNode({ name: "first", tailscaleIp: "127.0.0.1" })],
 const before = descriptors();
 const started = performance.now();
 const elapsed = () => performance.now() - started;
+`;
+
+const SWEEP = `${PRELUDE}
 const known = new Map();
 const probes = await probeNodes(nodes, { ...options, onProbe: (probe) => known.set(probe.node, elapsed()) });
 const ms = elapsed();
@@ -75,23 +77,47 @@ console.log(JSON.stringify({
 }));
 `;
 
-/** Sweeps in a process of its own, with `wrap` in front, and checks what is true of every sweep. */
-async function sweepElsewhere(
-  fields: readonly ClusterNodeFields[],
-  options: { timeoutMs?: number; env?: Record<string, string>; wrap?: readonly string[]; mayLinger?: boolean } = {},
-): Promise<Sweep> {
-  const { timeoutMs = TIMEOUT_MS, env = {}, wrap = [], mayLinger = false } = options;
+const ABORTED_SWEEP = `${PRELUDE}
+const controller = new AbortController();
+setTimeout(() => controller.abort("enough"), 100);
+const reason = await probeNodes(nodes, { ...options, signal: controller.signal }).catch((error) => error);
+const ms = elapsed();
+await new Promise((resolve) => setTimeout(resolve, 50));
+console.log(JSON.stringify({ reason, ms, descriptors: [before, descriptors()], endedAt: Date.now() }));
+`;
+
+interface ScriptOptions {
+  readonly timeoutMs?: number;
+  readonly env?: Readonly<Record<string, string>>;
+  /** The command that runs the rest. */
+  readonly wrap?: readonly string[];
+}
+
+/** Runs a script in a process of its own, and says how long that lived on after it. */
+async function runScript(script: string, fields: readonly ClusterNodeFields[], options: ScriptOptions = {}) {
+  const { timeoutMs = TIMEOUT_MS, env = {}, wrap = [] } = options;
   const deno = ["deno", "run", "-q", "-A", "--config", `${ROOT}deno.json`, "-"];
   const [program, ...args] = [...wrap, ...deno, JSON.stringify([fields, { timeoutMs }])];
-  const { code, stdout, stderr } = await run(program!, args, { env, stdin: SWEEP });
+  const { code, stdout, stderr } = await run(program!, args, { env, stdin: script });
   const now = Date.now();
   assertEquals({ code, stderr }, { code: 0, stderr: "" });
-  const sweep: Sweep = JSON.parse(stdout);
+  const result = JSON.parse(stdout);
+  return { result, lingerMs: now - result.endedAt };
+}
+
+/** Sweeps in a process of its own, and checks what is true of every sweep. */
+async function sweepElsewhere(
+  fields: readonly ClusterNodeFields[],
+  options: ScriptOptions & { readonly mayLinger?: boolean } = {},
+): Promise<Sweep> {
+  const { timeoutMs = TIMEOUT_MS, mayLinger = false } = options;
+  const { result, lingerMs } = await runScript(SWEEP, fields, options);
+  const sweep: Sweep = result;
   assertLess(sweep.ms, timeoutMs + SLACK_MS);
   assertLess(sweep.readMs, SLACK_MS, "the runtime's threads are all taken");
   assertEquals(sweep.probes.map(({ inOrder }) => inOrder), fields.map(() => true));
   if (!mayLinger) {
-    assertLess(now - sweep.endedAt, SLACK_MS, "the process lived on");
+    assertLess(lingerMs, SLACK_MS, "the process lived on");
     assertEquals(sweep.descriptors[1], sweep.descriptors[0], "descriptors are left");
   }
   return sweep;
@@ -311,11 +337,20 @@ async function silentUdp(hostname: string, port: number): Promise<AsyncDisposabl
   return { [Symbol.asyncDispose]: () => new Promise<void>((resolve) => socket.close(() => resolve())) };
 }
 
-const HANGING = ["silent", "black-hole", "trickle-head", "trickle-body", "length-long"] as const;
+for (const behaviour of ["silent", "black-hole", "trickle-head", "trickle-body", "length-long"] as const) {
+  Deno.test(`a signal ends a sweep of 200 nodes that are ${behaviour}, and nothing is left running`, async () => {
+    await using server = await startNode(behaviour);
+    const { result, lingerMs } = await runScript(ABORTED_SWEEP, copies(200, at(server)), { timeoutMs: 10_000 });
+    assertEquals(result.reason, "enough");
+    assertLess(result.ms, 100 + SLACK_MS);
+    assertEquals(result.descriptors[1], result.descriptors[0], "descriptors are left");
+    assertLess(lingerMs, SLACK_MS, "the process lived on");
+  });
+}
 
-Deno.test("a signal ends every call with its reason, and nothing is left running", async () => {
+Deno.test("a signal ends every call with its reason, and none begins after it", async () => {
   const reason = new Error("enough");
-  for (const behaviour of HANGING) {
+  for (const behaviour of ["silent", "black-hole"] as const) {
     await using server = await startNode(behaviour);
     const { port } = server;
     const hosts = Object.fromEntries(copies(200, {}).map(({ name }) => [name, { tailscale_ip: "127.0.0.1" }]));

@@ -272,7 +272,7 @@ Deno.test("each permission that is taken away is one line with its flag, and nev
   // Deno itself would ask there.
   const script = `${inventory.folder}/asks.ts`;
   await Deno.writeTextFile(script, 'Deno.readTextFileSync("/etc/hosts");');
-  const asking = `exec timeout 10 script -qec 'deno run -q --no-config ${script}' /dev/null`;
+  const asking = `exec timeout 2 script -qec 'deno run -q --no-config ${script}' /dev/null`;
   assertStringIncludes((await run("sh", ["-c", asking])).stdout, "read access to");
 });
 
