@@ -1353,8 +1353,8 @@ interface ProbeSettings {
   readonly timeoutMs: number;
   /** Whether every host may be connected to, so that thousands need no query of their own. */
   readonly isNetOpen: boolean;
-  /** What the end of the whole call has to abort. */
-  readonly running: Set<AbortController>;
+  /** The nodes that are being checked. */
+  readonly running: Deadlines;
 }
 
 function probeSettings(options: ProbeOptions): ProbeSettings {
@@ -1369,7 +1369,52 @@ function probeSettings(options: ProbeOptions): ProbeSettings {
     throw new RangeError(`Cannot wait for ${timeoutMs} ms: expected a number above 0 and below 2 ** 31`);
   }
   const isNetOpen = Deno.permissions.querySync({ name: "net" }).state === "granted";
-  return { port, path, check, timeoutMs, isNetOpen, running: new Set() };
+  return { port, path, check, timeoutMs, isNetOpen, running: new Deadlines(timeoutMs) };
+}
+
+/**
+ * The deadlines of all nodes that are being checked. Each has the same time, so that they end in the order of their
+ * start, and one timer serves them all.
+ */
+class Deadlines {
+  readonly #timeoutMs: number;
+  readonly #endsMs = new Map<AbortController, number>();
+  #timer: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(timeoutMs: number) {
+    this.#timeoutMs = timeoutMs;
+  }
+
+  start(): AbortController {
+    const controller = new AbortController();
+    this.#endsMs.set(controller, performance.now() + this.#timeoutMs);
+    this.#timer ??= setTimeout(() => this.#expire(), this.#timeoutMs);
+    return controller;
+  }
+
+  end(controller: AbortController): void {
+    this.#endsMs.delete(controller);
+    if (this.#endsMs.size > 0) return;
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+  }
+
+  abortAll(): void {
+    for (const controller of this.#endsMs.keys()) controller.abort();
+  }
+
+  #expire(): void {
+    this.#timer = undefined;
+    for (const [controller, endMs] of this.#endsMs) {
+      const restMs = endMs - performance.now();
+      if (restMs > 0) {
+        this.#timer = setTimeout(() => this.#expire(), restMs);
+        return;
+      }
+      this.#endsMs.delete(controller);
+      controller.abort(new DOMException(`no answer within ${this.#timeoutMs} ms`, "TimeoutError"));
+    }
+  }
 }
 
 /**
@@ -1520,7 +1565,7 @@ async function sweep(
   } finally {
     signal?.removeEventListener("abort", abort);
     ended.abort();
-    for (const controller of settings.running) controller.abort();
+    settings.running.abortAll();
   }
 }
 
@@ -1602,12 +1647,7 @@ async function probeAt(
 /** The outcome at each endpoint that was tried, in their order; the last started one that is up ends the others. */
 async function tryEndpoints(endpoints: readonly Endpoint[], settings: ProbeSettings): Promise<Outcome[]> {
   const { timeoutMs, running } = settings;
-  const controller = new AbortController();
-  running.add(controller);
-  const timer = setTimeout(
-    () => controller.abort(new DOMException(`no answer within ${timeoutMs} ms`, "TimeoutError")),
-    timeoutMs,
-  );
+  const controller = running.start();
   try {
     const [only] = endpoints;
     if (only && endpoints.length === 1) return [await tryEndpoint(only, settings, controller.signal)];
@@ -1624,8 +1664,7 @@ async function tryEndpoints(endpoints: readonly Endpoint[], settings: ProbeSetti
     }
     return await Promise.all(attempts);
   } finally {
-    clearTimeout(timer);
-    running.delete(controller);
+    running.end(controller);
   }
 }
 

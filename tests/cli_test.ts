@@ -325,6 +325,9 @@ Deno.test("--config takes a path, stdin or a URL; RINGRIFT_HOSTS_CONFIG stands i
       "cluster-hosts: stdin:3: hosts.b: expected a mapping, got nothing\n",
   });
 
+  const permissions = await runCli(["permissions", "validate", "--config", url("/hosts.yaml")]);
+  assertEquals(permissions.stdout, `--allow-net=127.0.0.1:${server.addr.port}\n`);
+
   const late = await runCli(["status", "--config", url("/never"), "--timeout", "0.5"]);
   never.resolve(new Response());
   assertUsageError(late, `${url("/never")}: did not answer within 500 ms`);
@@ -433,6 +436,61 @@ Deno.test("urls --unchecked without any address does not blame this host", async
   const { code, stderr } = await runCli(["urls", "elo", "--unchecked", "--config", inventory.path]);
   assertEquals(code, 1);
   assert(!stderr.includes("this host itself"), stderr);
+});
+
+Deno.test("status reaches a node by its name, whatever of its addresses is permitted", async () => {
+  await using node = await startNode("ok");
+  await using inventory = await writeInventory({
+    "gpu-1": { ssh_host: "ubuntu@localhost", data_server_port: node.port },
+  });
+  const read = `--allow-read=${inventory.path}`;
+  for (const net of ["--allow-net", `--allow-net=localhost:${node.port}`]) {
+    const result = await runCli(["status", "--config", inventory.path], { flags: [read, net] });
+    assertEquals([result.code, result.stderr], [0, ""], net);
+    assertMatch(result.stdout, new RegExp(`^gpu-1 .* localhost:${node.port} .* up `, "m"));
+  }
+});
+
+const hasOpenssl = (await run("sh", ["-c", "command -v openssl"])).code === 0;
+
+Deno.test({
+  name: `status asks an https data_server_url${hasOpenssl ? "" : " (ignored: needs openssl)"}`,
+  ignore: !hasOpenssl,
+  async fn() {
+    await using place = await emptyFolder();
+    const [keyPath, certPath] = [`${place.folder}/key.pem`, `${place.folder}/cert.pem`];
+    const { code, stderr } = await run("sh", [
+      "-c",
+      "exec openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost " +
+      "-addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE " +
+      `-keyout ${keyPath} -out ${certPath}`,
+    ]);
+    assertEquals(code, 0, stderr);
+    const [key, cert] = [await Deno.readTextFile(keyPath), await Deno.readTextFile(certPath)];
+    await using server = Deno.serve(
+      { hostname: "127.0.0.1", port: 0, key, cert, onListen() {} },
+      ({ url }) =>
+        new URL(url).pathname === "/data/status"
+          ? Response.json({ version: "tls" })
+          : new Response("", { status: 404 }),
+    );
+    await using plain = await startNode("ok");
+    await using inventory = await writeInventory({
+      secure: { data_server_url: `https://localhost:${server.addr.port}/data/` },
+      plain: { data_server_url: `https://localhost:${plain.port}` },
+    });
+    const args = ["status", "--json", "--config", inventory.path];
+    const states = async (env: Record<string, string>) =>
+      JSON.parse((await runCli(args, { env })).stdout).nodes.map(
+        ({ state, status, failure }: Record<string, Record<string, string>>) => [
+          state,
+          status?.version ?? failure?.message?.slice(0, 5),
+        ],
+      );
+    assertEquals(await states({ DENO_CERT: certPath }), [["up", "tls"], ["unhealthy", "TLS: "]]);
+    // A certificate that nobody vouches for.
+    assertEquals(await states({}), [["unhealthy", "TLS: "], ["unhealthy", "TLS: "]]);
+  },
 });
 
 Deno.test("a terminal gets progress and colours, a pipe neither", async () => {
