@@ -762,7 +762,7 @@ async function listNodes(flags: Flags): Promise<number> {
   print(table(["NAME", "ROLE", "STATUS", "GPU", "MEMORY", "CPUS", "ADDRESSES", "DATA", "SSH"], rows));
   if (!flags.has("quiet")) {
     const active = nodes.filter((node) => node.isActive).length;
-    print(`\n${nodes.length} nodes, ${active} active\n`);
+    print(`\n${nodes.length} ${nodes.length === 1 ? "node" : "nodes"}, ${active} active\n`);
   }
   return 0;
 }
@@ -770,7 +770,17 @@ async function listNodes(flags: Flags): Promise<number> {
 function nodeJson(node: ClusterNode): Record<string, unknown> {
   const { entry: _, ...fields } = node;
   const { bestIp, addresses, dataServerBaseUrl, isActive } = node;
-  return { ...fields, bestIp, addresses, dataServerBaseUrl, isActive };
+  return {
+    ...fields,
+    tailscaleIp: node.tailscaleIp ?? null,
+    sshHost: node.sshHost ?? null,
+    sshKey: node.sshKey ?? null,
+    dataServerUrl: node.dataServerUrl ?? null,
+    bestIp: bestIp ?? null,
+    addresses,
+    dataServerBaseUrl: dataServerBaseUrl ?? null,
+    isActive,
+  };
 }
 
 async function coordinator(flags: Flags): Promise<number> {
@@ -806,7 +816,7 @@ function urlKind(flags: Flags): { kind: typeof URL_KINDS[number] | "other"; name
   const given = first === undefined
     ? "urls needs a kind"
     : `Unknown kind of URL "${first}"${suggestion(first, URL_KINDS)}`;
-  throw new UsageError(`${given}: expected elo, data or models, or --port and --path`);
+  throw new UsageError(`${given}; expected elo, data or models, or --port and --path`);
 }
 
 async function urls(flags: Flags): Promise<number> {
@@ -1269,7 +1279,7 @@ async function exportInventory(flags: Flags): Promise<number> {
     const given = format === undefined
       ? "export needs a format"
       : `Unknown format "${format}"${suggestion(format, known)}`;
-    throw new UsageError(`${given}: expected ${known.join(", ")}`);
+    throw new UsageError(`${given}; expected ${known.join(", ")}`);
   }
   if (format !== "ansible" && (flags.has("list") || flags.has("host"))) {
     throw new UsageError("--list and --host are for export ansible");
@@ -1410,8 +1420,6 @@ async function neededPermissions(name: string, flags: Flags): Promise<NeededPerm
   const inventory = await loadInventory(flags);
   const { origin } = inventory;
   const isUrl = /^https?:/i.test(origin);
-  const unified = envIfGranted("RINGRIFT_CONFIG_PATH");
-  const usesNodes = name !== "validate";
   const needs: NeededPermissions = {
     read: isUrl || origin === "stdin" ? [] : [origin.replace(/^file:\/\//i, "")],
     net: isUrl ? [urlHost(origin)] : [],
@@ -1419,9 +1427,13 @@ async function neededPermissions(name: string, flags: Flags): Promise<NeededPerm
     sys: [],
     run: name === "ssh" ? ["ssh"] : [],
   };
-  if (usesNodes) {
+  if (name !== "validate") {
     needs.env.push("RINGRIFT_CONFIG_PATH");
-    if (unified !== undefined) needs.read.push(unified);
+    // As in the library, the unified config is read only where a node depends on it.
+    const { data_server_port: sharedPort } = Object(inventory.config.distributed) as { data_server_port?: unknown };
+    const unified = envIfGranted("RINGRIFT_CONFIG_PATH");
+    const isRead = inventory.nodes.some(({ entry }) => (entry.data_server_port ?? sharedPort ?? "") === "");
+    if (unified !== undefined && isRead) needs.read.push(unified);
   }
   if (name === "coordinator" || (name === "status" && inventory.nodes.length === 0)) {
     needs.env.push("RINGRIFT_COORDINATOR_IP");

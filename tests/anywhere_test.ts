@@ -89,7 +89,7 @@ Deno.test("deno task cluster-hosts runs the command line from a checkout", async
   const path = `${place.folder}/config/distributed_hosts.yaml`;
   const { code, stdout } = await run("deno", ["task", "-q", "cluster-hosts", "nodes", "--config", path]);
   assertEquals(code, 0);
-  assertMatch(stdout, /^gpu-1 .*\n\n1 nodes, 1 active\n/m);
+  assertMatch(stdout, /^gpu-1 .*\n\n1 node, 1 active\n/m);
 });
 
 /** Compiles a script as `deno task compile` does, into a folder that goes with the result. */

@@ -6,7 +6,10 @@ export interface CheckoutServer extends AsyncDisposable {
   readonly url: string;
   /** `host:port`, for `--allow-import`. */
   readonly host: string;
-  /** The flags with which code from there runs: where JSR cannot be reached, the import map comes from there too. */
+  /**
+   * The flags with which code from there runs. It is loaded anew, since another checkout may have had the port before. Where JSR
+   * cannot be reached, the import map comes from there too.
+   */
   readonly flags: readonly string[];
 }
 
@@ -27,7 +30,11 @@ export function serveCheckout(): CheckoutServer {
   return {
     url,
     host,
-    flags: [`--allow-import=${host}${usesJsr ? ",jsr.io" : ""}`, ...(usesJsr ? [] : [`--import-map=${url}/deno.json`])],
+    flags: [
+      `--reload=${url}`,
+      `--allow-import=${host}${usesJsr ? ",jsr.io" : ""}`,
+      ...(usesJsr ? [] : [`--import-map=${url}/deno.json`]),
+    ],
     [Symbol.asyncDispose]: () => server.shutdown(),
   };
 }

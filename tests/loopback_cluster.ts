@@ -139,14 +139,14 @@ export async function startDemoCluster(): Promise<AsyncDisposable> {
   const start = async (behaviour: Behaviour, port: number, games = 0) => {
     starting.use(await startNode(behaviour, { port, games }));
   };
-  await start("ok", 48760, 12840);
-  await start("ok", 48761, 3127);
-  await start("ok", 48762, 2984);
-  await start("refuses", 48763);
-  await start("silent", 48764);
-  await start("black-hole", 48765);
-  await start("http-500", 48766);
-  await start("not-json", 48767);
+  await start("ok", 18760, 12840);
+  await start("ok", 18761, 3127);
+  await start("ok", 18762, 2984);
+  await start("refuses", 18763);
+  await start("silent", 18764);
+  await start("black-hole", 18765);
+  await start("http-500", 18766);
+  await start("not-json", 18767);
   return starting.move();
 }
 
@@ -187,8 +187,11 @@ function converse(conversation: Conversation, options: Required<LoopbackNodeOpti
     }
   };
   const listening = (async () => {
-    const held: Promise<void>[] = [];
-    for await (const conn of listener) held.push(hold(conn));
+    const held = new Set<Promise<void>>();
+    for await (const conn of listener) {
+      const holding = hold(conn).finally(() => held.delete(holding));
+      held.add(holding);
+    }
     await Promise.all(held);
   })();
   return {

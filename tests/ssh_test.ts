@@ -78,7 +78,7 @@ sleep 20 &
 echo $! >> "$0.others"
 echo $$ >> "$0.pids"
 echo started
-while :; do sleep 0.2; done`;
+for tick in $(seq 100); do sleep 0.2; done`;
 
 /** Those of the processes that have not ended. Deno itself reads /proc under `--allow-all` alone. */
 async function alive(pids: readonly string[]): Promise<string[]> {

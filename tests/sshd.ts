@@ -134,7 +134,7 @@ export interface RunningCli extends AsyncDisposable {
   end(): Promise<{ code: number; stdout: string[]; stderr: string[] }>;
 }
 
-/** Starts cli.ts in a process of its own, to be read line by line while it runs. */
+/** Starts cli.ts in a process of its own, to be read line by line while it runs; ends it after half a minute. */
 export function startCli(args: readonly string[], options: Pick<RunOptions, "flags" | "env"> = {}): RunningCli {
   const { flags = ["-P=cli"], env = {} } = options;
   const ownEnv = Object.entries(Deno.env.toObject()).filter(([name]) => !name.startsWith("RINGRIFT_"));
@@ -148,7 +148,12 @@ export function startCli(args: readonly string[], options: Pick<RunOptions, "fla
   }).spawn();
   const [stdout, stderr] = [linesOf(process.stdout), linesOf(process.stderr)];
   let isEnded = false;
-  const ended = process.status.finally(() => isEnded = true);
+  // It might ignore a milder signal: that is what is tested.
+  const guard = setTimeout(() => process.kill("SIGKILL"), 30_000);
+  const ended = process.status.finally(() => {
+    isEnded = true;
+    clearTimeout(guard);
+  });
   const end = async () => {
     const [{ code }, out, err] = await Promise.all([ended, Array.fromAsync(stdout), Array.fromAsync(stderr)]);
     return { code, stdout: out, stderr: err };
