@@ -32,7 +32,7 @@ export function serveCheckout(): CheckoutServer {
     host,
     flags: [
       `--reload=${url}`,
-      `--allow-import=${host}${usesJsr ? ",jsr.io" : ""}`,
+      `--allow-import=${host}`,
       ...(usesJsr ? [] : [`--import-map=${url}/deno.json`]),
     ],
     [Symbol.asyncDispose]: () => server.shutdown(),
