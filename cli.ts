@@ -962,7 +962,7 @@ async function ssh(flags: Flags): Promise<number> {
   const options = { user: flags.text("user"), connectTimeoutMs, options: flags.texts("ssh-option") ?? [] };
   const commands = sshCommands(nodes, words, options);
   if (Deno.permissions.querySync({ name: "run", command: "ssh" }).state !== "granted") {
-    throw new Error("Requires run access to ssh: run again with --allow-run=ssh");
+    throw new Error("Requires run access to ssh: run again with --allow-run=ssh, and with ssh on the PATH");
   }
 
   const isLive = !flags.has("gather") && !flags.has("json");
@@ -1223,10 +1223,9 @@ function foldNumbers(numbers: readonly string[]): string {
 }
 
 function warnSshSummary(results: readonly SshResult[], total: number): void {
-  const failed = new Map<string, string[]>();
-  for (const { node, failure } of results) {
-    if (failure) failed.set(failure.message, [...failed.get(failure.message) ?? [], node.name]);
-  }
+  let failed = groupByReason(results, (message) => message);
+  // Each address has a message of its own: past a few, only what they have in common can be read.
+  if (failed.size > 5) failed = groupByReason(results, (message) => message.replace(/ \(.*\)$/s, ""));
   const truncated = results.filter((result) => result.truncated).map(({ node }) => node.name);
   const missing = total - results.length;
   const returned = results.filter(({ failure }) => !failure).length;
@@ -1237,6 +1236,18 @@ function warnSshSummary(results: readonly SshResult[], total: number): void {
     ...(missing > 0 ? [`${missing} not started`] : []),
   ];
   warn(parts.join("; "));
+}
+
+function groupByReason(results: readonly SshResult[], reasonOf: (message: string) => string): Map<string, string[]> {
+  const groups = new Map<string, string[]>();
+  for (const { node, failure } of results) {
+    if (!failure) continue;
+    const reason = reasonOf(failure.message);
+    const names = groups.get(reason) ?? [];
+    names.push(node.name);
+    groups.set(reason, names);
+  }
+  return groups;
 }
 
 async function validate(flags: Flags): Promise<number> {

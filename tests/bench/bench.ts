@@ -4,6 +4,7 @@
  *
  * @module
  */
+import { delay } from "jsr:@std/async@^1.5.0/delay";
 import { ClusterNode, selectNodes } from "../../mod.ts";
 import { ROOT, startNode } from "../loopback_cluster.ts";
 import { type Sshd, sshdMissing, startSshd } from "../sshd.ts";
@@ -255,8 +256,12 @@ async function row({ name, ours, peers = [], floorMs, target }: Work): Promise<s
   const own: Measure[] = [];
   const others = peers.map((): Measure[] => []);
   for (let run = 0; run < RUNS; run++) {
+    await settle();
     own.push(await ours());
-    for (const [index, peer] of peers.entries()) others[index]!.push(await peer.run());
+    for (const [index, peer] of peers.entries()) {
+      await settle();
+      others[index]!.push(await peer.run());
+    }
   }
   const mine = median(own);
   const medians = peers.map((peer, index) => ({ name: peer.name, ms: median(others[index]!).ms }));
@@ -267,6 +272,11 @@ async function row({ name, ours, peers = [], floorMs, target }: Work): Promise<s
   const { text, isMet } = target(mine, best.ms);
   const ratio = `${(mine.ms / best.ms).toFixed(2)} ×`;
   return [name, ms(mine.ms), ms(best.ms), best.name, ratio, text, isMet ? "met" : "MISSED", mib(mine.peak)];
+}
+
+/** Lets the server finish with what the run before has left it, so that nobody pays for another's connections. */
+async function settle(): Promise<void> {
+  await delay(300);
 }
 
 /** What a node costs at each size, the start of the process left out, against what it costs among 1,000. */
