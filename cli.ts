@@ -962,7 +962,7 @@ async function ssh(flags: Flags): Promise<number> {
   const options = { user: flags.text("user"), connectTimeoutMs, options: flags.texts("ssh-option") ?? [] };
   const commands = sshCommands(nodes, words, options);
   if (Deno.permissions.querySync({ name: "run", command: "ssh" }).state !== "granted") {
-    throw new Error("Requires run access to ssh: run again with --allow-run=ssh, and with ssh on the PATH");
+    throw new Error("Requires run access to ssh (on the PATH): run again with --allow-run=ssh");
   }
 
   const isLive = !flags.has("gather") && !flags.has("json");
