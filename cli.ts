@@ -73,7 +73,7 @@ const OPTIONS = {
   unchecked: { help: "do not check, give every selected node" },
   user: { value: "NAME", help: "log in as NAME" },
   "connect-timeout": { value: "SECONDS", help: "for the connection alone (default: 10)" },
-  "ssh-option": { value: "KEY=VALUE", help: "as in ssh_config(5), before the defaults; repeatable", repeats: true },
+  "ssh-option": { value: "KEY=VALUE", help: "as in ssh_config(5), in place of a default; repeatable", repeats: true },
   gather: { help: "each distinct output once, under the nodes that gave it" },
   strict: { help: "a doubt is an error" },
   list: { help: "ansible: the whole inventory, as without it" },

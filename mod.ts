@@ -3,10 +3,10 @@
  * and from which URLs data can be pulled.
  *
  * @example Who answers?
- * ```ts ignore
+ * ```ts
  * import { discoverReachableNodes } from "@ringrift/cluster-hosts";
  *
- * for (const { node, status, address } of await discoverReachableNodes({ timeoutMs: 2000 })) {
+ * for (const { node, status, address } of await discoverReachableNodes({ source: "config/demo_hosts.yaml", timeoutMs: 500 })) {
  *   console.log(`${node.name} at ${address}: version ${status.version}`);
  * }
  * ```
