@@ -1,6 +1,5 @@
 /**
- * The command line: `cluster-hosts COMMAND [NODE...] [options]`. It runs from a checkout, from a URL and compiled; each
- * command uses only the permissions that {@linkcode main} names for it.
+ * The command line, `cluster-hosts COMMAND [NODE...] [options]`, from a checkout, from a URL and compiled:
  *
  * ```sh
  * deno run --allow-read=config --allow-net cli.ts status
@@ -9,1580 +8,56 @@
  * @module
  */
 import { delay } from "jsr:@std/async@^1.5.0/delay";
-import { pooledMap } from "jsr:@std/async@^1.5.0/pool";
-import { parseArgs } from "jsr:@std/cli@^1.0.32/parse-args";
-import {
-  ClusterNode,
-  type ConfigProblem,
-  getClusterNodes,
-  getCoordinatorAddress,
-  getDataSyncUrls,
-  getEloSyncConfig,
-  getEloSyncUrls,
-  getSyncUrls,
-  type HostsConfig,
-  HostsConfigError,
-  type HostsConfigText,
-  inspectHostsConfig,
-  MODEL_SYNC_PORT,
-  type NodeProbe,
-  type NodeState,
-  parseHostsConfig,
-  type ProbeFailure,
-  probeNodes,
-  readHostsConfig,
-  selectNodes,
-  sshCommand,
-} from "./mod.ts";
 import manifest from "./deno.json" with { type: "json" };
-import { formatConfigProblem, hostPort, isTypo, missingNetFlag, netHosts } from "./cluster_hosts.ts";
+// deno-fmt-ignore: one name a line would be fifty lines.
+import {
+  ClusterNode, type CommandResult, DATA_SYNC_PORT, dataEndpoints, DEFAULT_CONFIG_PATH, DEFAULTS, didYouMean,
+  type Endpoint, endpointUrl, findSshEndpoint, foldNames, formatConfigProblem, getClusterNodes, getCoordinatorAddress,
+  getCoordinatorNode, getDataSyncUrls, getEloSyncConfig, getSyncUrls, hostPort, type HostsConfig, HostsConfigError,
+  type HostsConfigText, missingNetFlag, MODEL_SYNC_PORT, netFlag, type NodeProbe, type NodeSelection, type NodeState,
+  parseHostsConfig, probeNodes, readHostsConfig, readsUnifiedConfig, readVariable, runOnNodes, selectNodes,
+  sshCommand, sshEndpoints, type SshOptions, statusPath, type SweepOptions, unsupportedDeno, validateHostsConfig,
+  waitForNodes, watchNodes,
+} from "./mod.ts";
 
-/** Output of one stream of one node that is kept. */
-const MAX_OUTPUT_BYTES = 1024 * 1024;
-
-/** How long an ssh may take to end after SIGTERM, and its pipes after its end. */
-const GRACE_MS = 500;
-
-/** Linux refuses a longer single argument at 128 KiB. */
-const MAX_FLAG_LENGTH = 100_000;
-
-interface Option {
-  readonly value?: string;
-  readonly help: string;
-  readonly repeats?: boolean;
+/** What {@linkcode main} reads and writes: by default this process's own streams; a test gives one that records. */
+export interface Io {
+  /** Writes a result. */
+  out(text: string): void;
+  /** Writes progress or an error. */
+  err(text: string): void;
+  /** All of stdin. */
+  readStdin(): Promise<Uint8Array<ArrayBuffer>>;
+  /** Calls the listener at SIGINT, SIGTERM and SIGHUP; gives the function that ends it. */
+  onSignal(listener: (signal: Deno.Signal) => void): () => void;
+  /** The size of the terminal at this moment. */
+  size(): { readonly columns: number; readonly rows: number };
+  /** Whether results go to a terminal. */
+  readonly isTerminal: boolean;
+  /** Whether progress and errors go to a terminal. */
+  readonly isErrTerminal: boolean;
+  /** Whether a terminal can move its cursor: not with `TERM=dumb`. */
+  readonly hasCursor: boolean;
+  /** Whether colours are wanted on a terminal: not with `NO_COLOR`. */
+  readonly hasColour: boolean;
 }
 
-const OPTIONS = {
-  config: {
-    value: "PATH|URL|-",
-    help: "the inventory; else $RINGRIFT_HOSTS_CONFIG, config/…",
-  },
-  role: { value: "ROLE", help: "only nodes of this role; repeatable", repeats: true },
-  gpu: { value: "TEXT", help: "only nodes whose GPU name contains TEXT; repeatable", repeats: true },
-  exclude: { value: "NODE", help: "leave out these nodes; repeatable", repeats: true },
-  all: { help: "inactive nodes too" },
-  timeout: { value: "SECONDS", help: "deadline of a node: 5 (ssh: 60), of all of wait: 300" },
-  concurrency: { value: "N", help: "how many nodes at once: 1024 (ssh: 32)" },
-  port: { value: "PORT", help: "instead of each node's own data server port" },
-  tcp: { help: "a node that accepts a TCP connection is up" },
-  "min-up": { value: "N", help: "all is well when N nodes are up" },
-  watch: { value: "[SECONDS]", help: "check again and again (default: every 5)" },
-  interval: { value: "SECONDS", help: "between two checks (default: 2)" },
-  path: { value: "PATH", help: "of the URLs (default: /db; models: /models)" },
-  "include-self": { help: "this host too (data; the others never leave it out)" },
-  unchecked: { help: "do not check, give every selected node" },
-  user: { value: "NAME", help: "log in as NAME" },
-  "connect-timeout": { value: "SECONDS", help: "for the connection alone (default: 10)" },
-  "ssh-option": { value: "KEY=VALUE", help: "as in ssh_config(5), in place of a default; repeatable", repeats: true },
-  gather: { help: "each distinct output once, under the nodes that gave it" },
-  strict: { help: "a doubt is an error" },
-  list: { help: "ansible: the whole inventory, as without it" },
-  host: { value: "NAME", help: "ansible: the variables of one host" },
-  fold: { help: "addresses as networks, where that is shorter" },
-  json: { help: "JSON" },
-  quiet: { help: "no progress, no summary; status and wait print nothing" },
-  help: { help: "this text" },
-  version: { help: "the version" },
-} satisfies Record<string, Option>;
+const SIGNAL_EXIT_CODES: Readonly<Record<string, number>> = { SIGINT: 130, SIGTERM: 143, SIGHUP: 129 };
 
-type OptionName = keyof typeof OPTIONS;
-
-interface Flags {
-  readonly nodes: readonly string[];
-  readonly command: readonly string[] | undefined;
-  has(name: OptionName): boolean;
-  text(name: OptionName): string | undefined;
-  texts(name: OptionName): string[] | undefined;
-  number(name: OptionName, range: NumberRange): number | undefined;
-}
-
-interface NumberRange {
-  readonly min: number;
-  readonly max?: number;
-  readonly isWhole?: boolean;
-}
-
-interface Command {
-  readonly summary: string;
-  readonly usage: string;
-  readonly options: readonly OptionName[];
-  readonly notes?: string;
-  readonly examples: readonly [string, string];
-  run(flags: Flags): Promise<number>;
-}
-
-const SELECTION: readonly OptionName[] = ["config", "role", "gpu", "exclude", "all"];
-const COMMON: readonly OptionName[] = ["json", "quiet", "help"];
-
-const COMMANDS: Readonly<Record<string, Command>> = {
-  status: {
-    summary: "check the nodes, in parallel",
-    usage: "status [NODE...] [options]",
-    options: [...SELECTION, "timeout", "concurrency", "port", "tcp", "min-up", "watch", ...COMMON],
-    notes: "Exit code 0: every node is up, or --min-up of them; 1: not so; 2: not checked.",
-    examples: ["cluster-hosts status --timeout 2", "cluster-hosts status 'gpu-[1-8]' --role worker --watch"],
-    run: status,
-  },
-  nodes: {
-    summary: "list what is configured",
-    usage: "nodes [NODE...] [options]",
-    options: [...SELECTION, ...COMMON],
-    examples: ["cluster-hosts nodes --gpu H100", "cluster-hosts nodes --json | jq -r '.nodes[].name'"],
-    run: listNodes,
-  },
-  coordinator: {
-    summary: "print HOST:PORT of the coordinator",
-    usage: "coordinator [options]",
-    options: ["config", ...COMMON],
-    examples: ["cluster-hosts coordinator", "cluster-hosts coordinator --config https://example.com/hosts.yaml"],
-    run: coordinator,
-  },
-  urls: {
-    summary: "the URLs to pull data from, one a line",
-    usage: "urls elo|data|models [NODE...] [options]",
-    options: [
-      ...SELECTION,
-      "timeout",
-      "concurrency",
-      "port",
-      "path",
-      "include-self",
-      "unchecked",
-      ...COMMON,
-    ],
-    notes: "With --port or --path, the kind may be left out. What is checked is /status.",
-    examples: ["cluster-hosts urls data | aria2c -i -", "cluster-hosts urls --port 9000 --path /games"],
-    run: urls,
-  },
-  ssh: {
-    summary: "run a command on many nodes at once",
-    usage: "ssh [NODE...] [options] -- COMMAND",
-    options: [
-      ...SELECTION,
-      "timeout",
-      "concurrency",
-      "user",
-      "connect-timeout",
-      "ssh-option",
-      "gather",
-      ...COMMON,
-    ],
-    notes: "Exit code 0: the command returned 0 on every node; 1: not so.",
-    examples: ["cluster-hosts ssh -- uptime", "cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L"],
-    run: ssh,
-  },
-  wait: {
-    summary: "return when the nodes are up, or the time is over",
-    usage: "wait [NODE...] [options]",
-    options: [...SELECTION, "timeout", "interval", "min-up", "concurrency", "port", "tcp", ...COMMON],
-    notes: "Exit code 0: every node is up, or --min-up of them; 1: the time (300 s) is over.",
-    examples: ["cluster-hosts wait --timeout 600", "cluster-hosts wait 'gpu-*' --min-up 6 --tcp --port 22"],
-    run: wait,
-  },
-  validate: {
-    summary: "every problem and every doubt in the inventory",
-    usage: "validate [options]",
-    options: ["config", "strict", ...COMMON],
-    notes: "Exit code 0: no problem (--strict: and no doubt); 2: not so.",
-    examples: ["cluster-hosts validate", "cluster-hosts validate --strict --config new_hosts.yaml"],
-    run: validate,
-  },
-  export: {
-    summary: "the inventory for Ansible, Prometheus, ssh",
-    usage: "export ansible|prometheus|ssh-config [NODE...] [options]",
-    options: [...SELECTION, "port", "list", "host", "help"],
-    examples: [
-      "cluster-hosts export prometheus > targets.json",
-      "cluster-hosts export ssh-config > ~/.ssh/config.d/cluster",
-    ],
-    run: exportInventory,
-  },
-  permissions: {
-    summary: "the least Deno flags with which a command runs",
-    usage: "permissions [--fold] COMMAND [its arguments]",
-    options: ["fold", "help"],
-    notes: "For this inventory, on one line, as `deno run $(...) URL COMMAND` takes it.",
-    examples: ["cluster-hosts permissions status", "cluster-hosts permissions --fold wait 'gpu-*' --port 22"],
-    run: permissions,
-  },
-};
-
-const HELP = `cluster-hosts ${manifest.version}: which nodes of the cluster there are, and which answer
-
-Usage: cluster-hosts COMMAND [NODE...] [options]
-
-${Object.entries(COMMANDS).map(([name, { summary }]) => `  ${name.padEnd(12)} ${summary}`).join("\n")}
-
-NODE is a name, a glob (gpu-*) or a range (gpu-[1-8], gpu-[01-16,20]).
-Without one: all active nodes.
-
-${optionHelp([...SELECTION, "timeout", "concurrency", "port", ...COMMON, "version"])}
-
-"cluster-hosts COMMAND --help" tells what each command takes.
-Exit code 0: all is well; 1: it is not; 2: bad usage or config, or not checked.
-`;
-
-function optionHelp(names: readonly OptionName[]): string {
-  return names.map((name) => {
-    const { value, help }: Option = OPTIONS[name];
-    return `  ${`--${name}${value ? ` ${value}` : ""}`.padEnd(22)} ${help}`;
-  }).join("\n");
-}
-
-function commandHelp({ summary, usage, options, notes, examples }: Command): string {
-  return `${summary.charAt(0).toUpperCase()}${summary.slice(1)}
-
-Usage: cluster-hosts ${usage}
-
-${optionHelp(options)}
-${notes ? `\n${notes}\n` : ""}
-Examples:
-${examples.map((example) => `  ${example}`).join("\n")}
-`;
-}
-
-/** Bad usage: shown in one line, exit code 2. */
-class UsageError extends Error {}
-
-/** The reader of stdout is gone; nobody wants to hear of it. */
-class ClosedOutput extends Error {}
-
-/** SIGINT or SIGTERM, with the exit code that stands for it. */
-class Interrupt extends Error {
-  constructor(readonly exitCode: number) {
-    super("interrupted");
-  }
-}
-
-/**
- * Runs one command and gives its exit code. Results go to stdout, progress and errors to stderr.
- *
- * Permissions, each at the moment it is needed: read of the config, net to the nodes (and to the host of a config URL),
- * env of `RINGRIFT_HOSTS_CONFIG`, `RINGRIFT_CONFIG_PATH`, `RINGRIFT_COORDINATOR_IP` and `RINGRIFT_NODE_ID`, sys of
- * `hostname` and `networkInterfaces` for `urls data`, run of `ssh` for `ssh`. One that is missing ends the command
- * with one line that names the flag.
- *
- * @example The version
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * assertEquals(await main(["--version"]), 0);
- * ```
- */
-export async function main(args: readonly string[]): Promise<number> {
-  try {
-    return await runCommand(args);
-  } catch (error) {
-    if (error instanceof ClosedOutput) return 0;
-    if (error instanceof Interrupt) return error.exitCode;
-    try {
-      warn(error instanceof Error ? error.message : String(error));
-    } catch {
-      // stderr is closed or full: the exit code is all that is left to say it.
-    }
-    return 2;
-  }
-}
-
-async function runCommand(args: readonly string[]): Promise<number> {
-  const [name, ...rest] = args;
-  if (name === "--version") {
-    print(`cluster-hosts ${manifest.version}\n`);
-    return 0;
-  }
-  if (name === undefined || name === "--help" || name === "-h" || name === "help") {
-    print(HELP);
-    return name === undefined ? 2 : 0;
-  }
-  const command = findCommand(name);
-  if (name === "permissions") return await permissions(permissionFlags(rest));
-  const flags = parseFlags(name, command, rest);
-  if (flags.has("help")) {
-    print(commandHelp(command));
-    return 0;
-  }
-  if (flags.command && name !== "ssh") throw new UsageError(`${name} takes no command behind "--"`);
-  return await command.run(flags);
-}
-
-function findCommand(name: string): Command {
-  if (Object.hasOwn(COMMANDS, name)) return COMMANDS[name]!;
-  const kind = name.startsWith("-") ? "option" : "command";
-  throw new UsageError(`Unknown ${kind} "${name}"${suggestion(name, Object.keys(COMMANDS))}; see cluster-hosts --help`);
-}
-
-function suggestion(word: string, known: readonly string[]): string {
-  const near = known.find((candidate) => isTypo(word, candidate));
-  return near ? `: is "${near}" meant?` : "";
-}
-
-function parseFlags(name: string, command: Command, args: readonly string[]): Flags {
-  const options = new Map<string, Option>(command.options.map((option) => [option, OPTIONS[option]]));
-  const unknown: string[] = [];
-  const namesWhere = (test: (option: Option) => boolean) =>
-    [...options].filter(([, option]) => test(option)).map(([option]) => option);
-  const parsed: Record<string, unknown> & { _: string[]; "--"?: string[] } = parseArgs(joinValues(args), {
-    string: ["_", ...namesWhere(({ value }) => value !== undefined)],
-    boolean: namesWhere(({ value }) => value === undefined),
-    collect: namesWhere(({ repeats }) => repeats === true),
-    alias: { h: "help" },
-    "--": true,
-    unknown: (arg: string, key?: string) => {
-      if (key === undefined) return true;
-      unknown.push(arg.replace(/=.*/s, ""));
-      return false;
-    },
-  });
-  if (unknown.length > 0) {
-    const known = [...options.keys()].map((option) => `--${option}`);
-    const named = unknown.map((option) => `"${option}"${suggestion(option, known)}`).join(", ");
-    throw new UsageError(`Unknown option ${named}; see cluster-hosts ${name} --help`);
-  }
-  const texts = (option: OptionName) => {
-    const value = parsed[option];
-    if (value === undefined || (Array.isArray(value) && value.length === 0)) return undefined;
-    return Array.isArray(value) ? value.map(String) : [String(value)];
-  };
-  for (const [option, { value }] of options) {
-    if (value && texts(option as OptionName)?.includes("")) throw new UsageError(`--${option} needs a value: ${value}`);
-  }
-  const text = (option: OptionName) => texts(option)?.at(-1);
+function openTerminal(): Io {
+  const hasCursor = readVariable("TERM") !== "dumb";
   return {
-    nodes: parsed._,
-    command: args.includes("--") ? parsed["--"] ?? [] : undefined,
-    has: (option) => parsed[option] !== undefined && parsed[option] !== false,
-    text,
-    texts,
-    number: (option, { min, max = 2_000_000, isWhole = false }) => {
-      const value = text(option);
-      if (value === undefined) return undefined;
-      const number = /^\d+(?:\.\d+)?$/.test(value) ? Number(value) : NaN;
-      if (number >= min && number <= max && (!isWhole || Number.isInteger(number))) return number;
-      const kind = isWhole ? "a whole number" : "a number";
-      throw new UsageError(`--${option} takes ${kind} from ${min} to ${max}, not ${JSON.stringify(value)}`);
-    },
+    out: (text) => write(Deno.stdout, text),
+    err: (text) => write(Deno.stderr, text),
+    readStdin: () => new Response(Deno.stdin.readable).bytes(),
+    onSignal: listenToSignals,
+    // A terminal that was never told its size says 0.
+    size: () => ({ columns: Deno.consoleSize().columns || 80, rows: Deno.consoleSize().rows || 24 }),
+    isTerminal: Deno.stdout.isTerminal(),
+    isErrTerminal: Deno.stderr.isTerminal(),
+    hasCursor,
+    hasColour: hasCursor && !Deno.noColor,
   };
-}
-
-/** What parseArgs cannot know: that "-" is a value, and that the one of --watch may be missing. */
-function joinValues(args: readonly string[]): string[] {
-  const end = args.indexOf("--");
-  const options = end < 0 ? args : args.slice(0, end);
-  const joined: string[] = [];
-  for (let index = 0; index < options.length; index++) {
-    const [arg, next] = [options[index]!, options[index + 1]];
-    if (arg === "--config" && next === "-") {
-      joined.push("--config=-");
-      index++;
-    } else if (arg === "--watch" && !/^\d/.test(next ?? "")) joined.push("--watch=5");
-    else joined.push(arg);
-  }
-  return [...joined, ...args.slice(options.length)];
-}
-
-interface Inventory {
-  readonly config: HostsConfig;
-  readonly nodes: readonly ClusterNode[];
-  readonly origin: string;
-  /** Whether there is an inventory at all: the default file may be missing. */
-  readonly exists: boolean;
-}
-
-let stdinText: string | undefined;
-
-async function readConfig(flags: Flags, signal?: AbortSignal): Promise<HostsConfigText> {
-  const source = flags.text("config");
-  if (source === "-") {
-    stdinText ??= await new Response(Deno.stdin.readable).text();
-    return { text: stdinText, origin: "stdin", exists: true };
-  }
-  const { timeoutMs } = sweepFlags(flags);
-  return await readHostsConfig(source, { timeoutMs, signal });
-}
-
-async function loadInventory(flags: Flags, signal?: AbortSignal): Promise<Inventory> {
-  const { text, origin, exists } = await readConfig(flags, signal);
-  const config = parseHostsConfig(text, origin);
-  return { config, nodes: [...(await getClusterNodes(config)).values()], origin, exists };
-}
-
-function selectionOf(flags: Flags, names = flags.nodes): Parameters<typeof selectNodes>[1] & object {
-  const [roles, gpus, exclude] = [flags.texts("role"), flags.texts("gpu"), flags.texts("exclude")];
-  return {
-    ...(names.length > 0 ? { names } : {}),
-    ...(roles ? { roles } : {}),
-    ...(gpus ? { gpus } : {}),
-    ...(exclude ? { exclude } : {}),
-    includeInactive: flags.has("all"),
-  };
-}
-
-function select(flags: Flags, inventory: Inventory, names = flags.nodes): ClusterNode[] {
-  if (inventory.nodes.length === 0) throw new UsageError(emptyInventory(inventory));
-  const selected = selectNodes(inventory.nodes, selectionOf(flags, names));
-  if (selected.length > 0) return selected;
-  const inactive = inventory.nodes.filter((node) => !node.isActive).length;
-  throw new UsageError(
-    `No node is selected out of ${inventory.nodes.length} in ${inventory.origin}` +
-      (inactive > 0 && !flags.has("all") ? `; ${inactive} are not active: see --all` : ""),
-  );
-}
-
-function emptyInventory({ origin, exists }: Inventory): string {
-  return exists
-    ? `No hosts in ${origin}: add them under "hosts"`
-    : `There is no ${origin} here: create it, name another with --config` + hint("RINGRIFT_HOSTS_CONFIG", " or with");
-}
-
-/** Names a variable that would have decided, with the flag where it may not be read. */
-function hint(variable: string, words: string): string {
-  const { state } = Deno.permissions.querySync({ name: "env", variable });
-  return `${words} ${variable}${state === "granted" ? "" : ` (--allow-env=${variable} lets it be read)`}`;
-}
-
-function sweepFlags(flags: Flags): { timeoutMs: number; concurrency: number; port: number | undefined } {
-  const seconds = flags.number("timeout", { min: 0.001 }) ?? 5;
-  return {
-    timeoutMs: seconds * 1000,
-    concurrency: flags.number("concurrency", { min: 1, max: 1_000_000, isWhole: true }) ?? 1024,
-    port: flags.number("port", { min: 1, max: 65535, isWhole: true }),
-  };
-}
-
-function minUpOf(flags: Flags, nodes: readonly ClusterNode[]): number {
-  const minUp = flags.number("min-up", { min: 1, isWhole: true }) ?? nodes.length;
-  if (minUp > nodes.length) throw new UsageError(`--min-up ${minUp}, but only ${nodes.length} nodes are selected`);
-  return minUp;
-}
-
-/** Ends what runs inside at SIGINT, SIGTERM and SIGHUP, and stops listening afterwards. */
-async function interruptible<T>(run: (signal: AbortSignal) => Promise<T>): Promise<T> {
-  const controller = new AbortController();
-  const listeners = ([["SIGINT", 130], ["SIGTERM", 143], ["SIGHUP", 129]] as const).map(([signal, exitCode]) => {
-    const listener = () => controller.abort(new Interrupt(exitCode));
-    try {
-      Deno.addSignalListener(signal, listener);
-    } catch {
-      // Windows knows SIGINT alone.
-    }
-    return [signal, listener] as const;
-  });
-  try {
-    return await run(controller.signal);
-  } finally {
-    for (const [signal, listener] of listeners) {
-      try {
-        Deno.removeSignalListener(signal, listener);
-      } catch {
-        // As above.
-      }
-    }
-  }
-}
-
-interface Round {
-  readonly nodes: readonly ClusterNode[];
-  /** In the order of the nodes. Fewer than them where the round was interrupted. */
-  readonly probes: readonly NodeProbe[];
-  readonly exitCode: number;
-}
-
-async function status(flags: Flags): Promise<number> {
-  const watchSeconds = flags.number("watch", { min: 0.1 });
-  if (watchSeconds !== undefined) return await interruptible((signal) => watch(flags, watchSeconds * 1000, signal));
-  return await interruptible(async (signal) => {
-    const started = performance.now();
-    const inventory = await loadInventory(flags, signal);
-    const round = await checkRound(flags, await statusNodes(flags, inventory), signal);
-    if (flags.has("quiet")) return round.exitCode;
-    const { probes } = round;
-    const flag = missingNetFlag(probes, sweepFlags(flags).port);
-    if (flag && probes.every(({ failure }) => failure?.code === "denied")) throw new Error(netDenied(flag));
-    print(flags.has("json") ? statusJson(round) : statusTable(probes, round.nodes.length, performance.now() - started));
-    if (flag) warn(netDenied(flag));
-    if (signal.aborted) warn(`Interrupted: ${probes.length} of ${round.nodes.length} nodes were checked`);
-    return round.exitCode;
-  });
-}
-
-function netDenied(flag: string): string {
-  return `Requires net access: run again with ${flag}`;
-}
-
-/** The nodes to check. Without an inventory, the one address that the environment names. */
-async function statusNodes(flags: Flags, inventory: Inventory): Promise<ClusterNode[]> {
-  if (inventory.nodes.length > 0) return select(flags, inventory);
-  const address = await getCoordinatorAddress(inventory.config);
-  if (!address) {
-    throw new UsageError(emptyInventory(inventory) + hint("RINGRIFT_COORDINATOR_IP", ", or set"));
-  }
-  const { coordinator: name } = await getEloSyncConfig(inventory.config);
-  const { hostname: tailscaleIp, port: dataServerPort } = address;
-  return [new ClusterNode({ name, role: "coordinator", tailscaleIp, dataServerPort })];
-}
-
-async function checkRound(flags: Flags, nodes: readonly ClusterNode[], signal: AbortSignal): Promise<Round> {
-  const minUp = minUpOf(flags, nodes);
-  const known = new Map<ClusterNode, NodeProbe>();
-  const progress = new Progress(nodes.length, flags);
-  let exitCode: number | undefined;
-  try {
-    await probeNodes(nodes, {
-      ...sweepFlags(flags),
-      check: flags.has("tcp") ? "tcp" : "http",
-      signal,
-      onProbe: (probe) => {
-        known.set(probe.node, probe);
-        progress.show(known.size);
-      },
-    });
-  } catch (error) {
-    if (!(error instanceof Interrupt)) throw error;
-    exitCode = error.exitCode;
-  } finally {
-    progress.clear();
-  }
-  const probes = nodes.map((node) => known.get(node)).filter((probe) => probe !== undefined);
-  return { nodes, probes, exitCode: exitCode ?? roundExitCode(probes, minUp) };
-}
-
-function roundExitCode(probes: readonly NodeProbe[], minUp: number): number {
-  const { up, unknown } = countStates(probes);
-  if (up >= minUp) return 0;
-  return unknown > 0 ? 2 : 1;
-}
-
-function countStates(probes: readonly NodeProbe[]): Record<NodeState, number> {
-  const counts = { up: 0, unhealthy: 0, down: 0, unknown: 0 };
-  for (const { state } of probes) counts[state]++;
-  return counts;
-}
-
-/** `checked 120/1000` on a terminal's stderr, and nothing anywhere else. */
-class Progress {
-  readonly #total: number;
-  readonly #isShown: boolean;
-  #lastMs = performance.now();
-  #isDirty = false;
-
-  constructor(total: number, flags: Flags) {
-    this.#total = total;
-    this.#isShown = !flags.has("quiet") && !flags.has("watch") && Deno.stderr.isTerminal();
-  }
-
-  show(done: number): void {
-    if (!this.#isShown || performance.now() - this.#lastMs < 100) return;
-    this.#lastMs = performance.now();
-    this.#isDirty = true;
-    write(Deno.stderr, `\rchecked ${done}/${this.#total}`);
-  }
-
-  clear(): void {
-    if (this.#isDirty) write(Deno.stderr, "\r\x1b[K");
-    this.#isDirty = false;
-  }
-}
-
-function statusJson({ nodes, probes }: Round): string {
-  const summary = { total: nodes.length, checked: probes.length, ...countStates(probes) };
-  return jsonDocument({ checkedAt: new Date().toISOString(), summary }, "nodes", probes.map(probeJson));
-}
-
-function probeJson({ node, state, address, port, connectMs, status, failure }: NodeProbe): Record<string, unknown> {
-  const { name, role, gpu } = node;
-  const latency = connectMs === undefined ? null : Number(connectMs.toFixed(2));
-  // What is not known is null, so that every node has the same keys.
-  return {
-    name,
-    role,
-    gpu,
-    state,
-    address: address ?? null,
-    port,
-    connectMs: latency,
-    status: status ?? null,
-    failure: failure ?? null,
-  };
-}
-
-const STATE_COLOURS: Readonly<Record<NodeState, number>> = { up: 32, unhealthy: 33, down: 31, unknown: 35 };
-const STATUS_HEADER = ["NAME", "ROLE", "GPU", "ADDRESS", "LATENCY", "STATE", "VERSION", "GAMES", "REASON"];
-
-function statusTable(probes: readonly NodeProbe[], total: number, elapsedMs: number): string {
-  return table(STATUS_HEADER, probes.map(statusRow)) + `\n${summaryLine(probes, total)} (${seconds(elapsedMs)})\n`;
-}
-
-function statusRow({ node, state, address, port, connectMs, status, failure }: NodeProbe): Cell[] {
-  const shown = address ?? node.bestIp;
-  return [
-    node.name,
-    node.role,
-    node.gpu || "-",
-    { text: shown ? hostPort(shown, port) : "-", ...(address ? {} : { colour: 2 }) },
-    { text: connectMs === undefined ? "-" : `${connectMs.toFixed(1)} ms`, isRight: true },
-    { text: state, colour: STATE_COLOURS[state] },
-    scalar(status?.version),
-    { text: scalar(status?.game_count), isRight: true },
-    reason(failure),
-  ];
-}
-
-function reason(failure: ProbeFailure | undefined): string {
-  if (!failure) return "";
-  const { code, message } = failure;
-  return message.includes(code) ? message : `${code}: ${message}`;
-}
-
-function scalar(value: unknown): string {
-  return typeof value === "string" || typeof value === "number" ? String(value).slice(0, 40) : "-";
-}
-
-function summaryLine(probes: readonly NodeProbe[], total: number): string {
-  const { up, ...others } = countStates(probes);
-  const rest = Object.entries({ ...others, "not checked": total - probes.length }).filter(([, count]) => count > 0);
-  return [`${up} of ${total} nodes up`, ...rest.map(([state, count]) => `${count} ${state}`)].join(", ");
-}
-
-function seconds(ms: number): string {
-  return `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 0)} s`;
-}
-
-async function watch(flags: Flags, intervalMs: number, signal: AbortSignal): Promise<number> {
-  const isLive = Deno.stdout.isTerminal() && !flags.has("json") && !flags.has("quiet");
-  const since = new Map<string, { state: NodeState; atMs: number }>();
-  let nodes: ClusterNode[] | undefined;
-  let exitCode: number | undefined;
-  let trouble: string | undefined;
-  for (;;) {
-    try {
-      nodes = await statusNodes(flags, await loadInventory(flags, signal));
-      minUpOf(flags, nodes);
-      trouble = undefined;
-    } catch (error) {
-      // A broken edit must not end a watch: the last good inventory stays, and the fault is told once.
-      const message = error instanceof Error ? error.message : String(error);
-      if (!nodes || signal.aborted) throw error;
-      if (message !== trouble && !isLive) warn(message);
-      trouble = message;
-    }
-    const round = await checkRound(flags, nodes, signal);
-    if (signal.aborted) break;
-    exitCode = round.exitCode;
-    const flag = missingNetFlag(round.probes, sweepFlags(flags).port);
-    if (flag) throw new Error(netDenied(flag));
-    const changes = noteChanges(since, round.probes);
-    if (isLive) drawRound(round, since, intervalMs, trouble);
-    else if (!flags.has("quiet")) print(changes.map((change) => changeLine(change, flags.has("json"))).join(""));
-    await delay(intervalMs, { signal }).catch(() => {});
-    if (signal.aborted) break;
-  }
-  // Below the ^C that the terminal writes.
-  if (isLive) print("\n");
-  return exitCode ?? (signal.reason as Interrupt).exitCode;
-}
-
-interface Change {
-  readonly probe: NodeProbe;
-  readonly previous: NodeState | undefined;
-}
-
-function noteChanges(since: Map<string, { state: NodeState; atMs: number }>, probes: readonly NodeProbe[]): Change[] {
-  const names = new Set(probes.map(({ node }) => node.name));
-  for (const name of since.keys()) if (!names.has(name)) since.delete(name);
-  const changes: Change[] = [];
-  for (const probe of probes) {
-    const { name } = probe.node;
-    const previous = since.get(name)?.state;
-    if (previous === probe.state) continue;
-    since.set(name, { state: probe.state, atMs: performance.now() });
-    changes.push({ probe, previous });
-  }
-  return changes;
-}
-
-function changeLine({ probe, previous }: Change, isJson: boolean): string {
-  const time = new Date().toISOString();
-  if (isJson) return `${toJson({ schemaVersion: 1, time, previous: previous ?? null, ...probeJson(probe) })}\n`;
-  const why = probe.failure ? ` (${reason(probe.failure)})` : "";
-  return `${time} ${escapeText(`${probe.node.name}: ${previous ? `${previous} -> ` : ""}${probe.state}${why}`)}\n`;
-}
-
-function drawRound(
-  { nodes, probes }: Round,
-  since: ReadonlyMap<string, { atMs: number }>,
-  intervalMs: number,
-  trouble: string | undefined,
-): void {
-  const { rows } = Deno.consoleSize();
-  const nowMs = performance.now();
-  const lines = table(
-    ["SINCE", ...STATUS_HEADER],
-    probes.map((probe) => [
-      { text: duration(nowMs - since.get(probe.node.name)!.atMs), isRight: true },
-      ...statusRow(probe),
-    ]),
-  ).trimEnd().split("\n");
-  const room = Math.max(2, rows - (trouble ? 4 : 3));
-  const shown = lines.length > room
-    ? [...lines.slice(0, room - 1), `… ${lines.length - room + 1} more: make the window higher`]
-    : lines;
-  const time = new Date().toTimeString().slice(0, 8);
-  const head = `${time}  ${summaryLine(probes, nodes.length)}  (every ${intervalMs / 1000} s, Ctrl-C ends)`;
-  const faults = trouble === undefined ? [] : [paint(31, escapeText(trouble.split("\n", 1)[0]!))];
-  // Line by line over the old picture: clearing the screen first would flicker. What is too wide is cut, not wrapped.
-  print(`\x1b[?7l\x1b[H${[head, ...faults, "", ...shown].map((line) => `${line}\x1b[K`).join("\n")}\n\x1b[J\x1b[?7h`);
-}
-
-function duration(ms: number): string {
-  const total = Math.floor(ms / 1000);
-  const [hours, minutes, rest] = [Math.floor(total / 3600), Math.floor(total / 60) % 60, total % 60];
-  if (hours > 0) return `${hours}h${String(minutes).padStart(2, "0")}m`;
-  return minutes > 0 ? `${minutes}m${String(rest).padStart(2, "0")}s` : `${rest}s`;
-}
-
-async function listNodes(flags: Flags): Promise<number> {
-  const inventory = await loadInventory(flags);
-  if (inventory.nodes.length === 0) throw new UsageError(emptyInventory(inventory));
-  const nodes = selectNodes(inventory.nodes, { ...selectionOf(flags), includeInactive: true });
-  if (flags.has("json")) {
-    print(jsonDocument({}, "nodes", nodes.map(nodeJson)));
-    return 0;
-  }
-  const rows = nodes.map((node): Cell[] => [
-    node.name,
-    node.role,
-    { text: node.status, ...(node.isActive ? {} : { colour: 2 }) },
-    node.gpu || "-",
-    { text: node.memoryGb ? `${node.memoryGb} GB` : "-", isRight: true },
-    { text: node.cpus ? String(node.cpus) : "-", isRight: true },
-    node.addresses.join(", ") || "-",
-    node.dataServerUrl ?? String(node.dataServerPort),
-    `${node.sshUser}:${node.sshPort}`,
-  ]);
-  print(table(["NAME", "ROLE", "STATUS", "GPU", "MEMORY", "CPUS", "ADDRESSES", "DATA", "SSH"], rows));
-  if (!flags.has("quiet")) {
-    const active = nodes.filter((node) => node.isActive).length;
-    print(`\n${nodes.length} ${nodes.length === 1 ? "node" : "nodes"}, ${active} active\n`);
-  }
-  return 0;
-}
-
-function nodeJson(node: ClusterNode): Record<string, unknown> {
-  const { entry: _, ...fields } = node;
-  const { bestIp, addresses, dataServerBaseUrl, isActive } = node;
-  return {
-    ...fields,
-    tailscaleIp: node.tailscaleIp ?? null,
-    sshHost: node.sshHost ?? null,
-    sshKey: node.sshKey ?? null,
-    dataServerUrl: node.dataServerUrl ?? null,
-    bestIp: bestIp ?? null,
-    addresses,
-    dataServerBaseUrl: dataServerBaseUrl ?? null,
-    isActive,
-  };
-}
-
-async function coordinator(flags: Flags): Promise<number> {
-  rejectNodes(flags, "coordinator");
-  const { config, origin } = await loadInventory(flags);
-  const address = await getCoordinatorAddress(config);
-  if (!address) {
-    const { coordinator: name } = await getEloSyncConfig(config);
-    throw new Error(
-      `No coordinator: "${name}" has no address in ${origin}; set elo_sync.coordinator` +
-        hint("RINGRIFT_COORDINATOR_IP", " or"),
-    );
-  }
-  const { hostname, port } = address;
-  print(flags.has("json") ? `${toJson({ schemaVersion: 1, hostname, port })}\n` : `${hostPort(hostname, port)}\n`);
-  return 0;
-}
-
-function rejectNodes(flags: Flags, name: string): void {
-  if (flags.nodes.length > 0) throw new UsageError(`${name} takes no node: ${flags.nodes.join(" ")}`);
-}
-
-const URL_KINDS = ["elo", "data", "models"] as const;
-
-function urlKind(flags: Flags): { kind: typeof URL_KINDS[number] | "other"; names: readonly string[] } {
-  const [first, ...rest] = flags.nodes;
-  const kind = URL_KINDS.find((known) => known === first);
-  if (kind === "data" && (flags.has("port") || flags.has("path"))) {
-    throw new UsageError("urls data takes each node's own port and URL: --port and --path do not go with it");
-  }
-  if (kind) return { kind, names: rest };
-  if (flags.has("port") || flags.has("path")) return { kind: "other", names: flags.nodes };
-  const given = first === undefined
-    ? "urls needs a kind"
-    : `Unknown kind of URL "${first}"${suggestion(first, URL_KINDS)}`;
-  throw new UsageError(`${given}; expected elo, data or models, or --port and --path`);
-}
-
-async function urls(flags: Flags): Promise<number> {
-  const { kind, names } = urlKind(flags);
-  let checked = 0;
-  let hasAddress = false;
-  const found = await interruptible(async (signal) => {
-    const inventory = await loadInventory(flags, signal);
-    const selected = select(flags, inventory, names);
-    hasAddress = selected.some((node) => node.dataServerBaseUrl !== undefined);
-    const progress = new Progress(selected.length, flags);
-    const { timeoutMs, concurrency, port } = sweepFlags(flags);
-    const path = flags.text("path");
-    const options = {
-      source: inventory.config,
-      selection: selectionOf(flags, names),
-      timeoutMs,
-      concurrency,
-      signal,
-      reachableOnly: !flags.has("unchecked"),
-      onProbe: () => progress.show(++checked),
-    };
-    const target = { ...(port === undefined ? {} : { port }), ...(path === undefined ? {} : { path }) };
-    try {
-      if (kind === "data") return await getDataSyncUrls({ ...options, excludeSelf: !flags.has("include-self") });
-      if (kind === "elo") return await getEloSyncUrls({ ...options, ...target });
-      if (kind === "models") {
-        return await getSyncUrls({ ...options, port: MODEL_SYNC_PORT, path: "/models", ...target });
-      }
-      return await getSyncUrls({ ...options, ...target });
-    } finally {
-      progress.clear();
-    }
-  });
-  if (flags.has("json")) print(jsonDocument({}, "urls", found));
-  else print(found.map((url) => `${escapeText(url)}\n`).join(""));
-  if (found.length === 0 && !flags.has("quiet")) {
-    warn(
-      !hasAddress
-        ? "No selected node has an address"
-        : checked > 0
-        ? "No node answered: cluster-hosts status tells why"
-        : "Only this host itself is selected: see --include-self",
-    );
-  }
-  return found.length > 0 ? 0 : 1;
-}
-
-async function wait(flags: Flags): Promise<number> {
-  return await interruptible(async (signal) => {
-    const started = performance.now();
-    const totalMs = (flags.number("timeout", { min: 0.001 }) ?? 300) * 1000;
-    const intervalMs = (flags.number("interval", { min: 0.05 }) ?? 2) * 1000;
-    const { concurrency, port } = sweepFlags(flags);
-    const nodes = select(flags, await loadInventory(flags, signal));
-    const minUp = minUpOf(flags, nodes);
-    const isQuiet = flags.has("quiet") || flags.has("json");
-    const announced = new Set<ClusterNode>();
-    const waitedMs = () => performance.now() - started;
-    const lastMs = totalMs - Math.min(1000, totalMs / 4);
-    let last = new Map<ClusterNode, NodeProbe>();
-    let isLast = false;
-    for (;;) {
-      const current = new Map<ClusterNode, NodeProbe>();
-      try {
-        await probeNodes(nodes, {
-          // A node that hangs is asked anew before the whole time is over.
-          timeoutMs: Math.max(1, Math.min(5000, totalMs - waitedMs())),
-          concurrency,
-          port,
-          check: flags.has("tcp") ? "tcp" : "http",
-          signal,
-          onProbe: (probe) => {
-            current.set(probe.node, probe);
-            if (probe.state !== "up" || announced.has(probe.node)) return;
-            announced.add(probe.node);
-            if (!isQuiet) print(`${escapeText(probe.node.name)} up after ${seconds(waitedMs())}\n`);
-          },
-        });
-      } catch (error) {
-        if (error instanceof Interrupt) warnMissing(flags, nodes, new Map([...last, ...current]), waitedMs());
-        throw error;
-      }
-      last = current;
-      const probes = [...last.values()];
-      const flag = missingNetFlag(probes, port);
-      if (flag) throw new Error(netDenied(flag));
-      const exitCode = countStates(probes).up >= minUp ? 0 : 1;
-      if (exitCode === 0 || isLast || waitedMs() >= totalMs) {
-        if (flags.has("json")) {
-          const isUp = (node: ClusterNode) => last.get(node)?.state === "up";
-          print(jsonDocument(
-            { waitedMs: Math.round(waitedMs()), up: nodes.filter(isUp).map((node) => node.name) },
-            "missing",
-            nodes.filter((node) => !isUp(node)).map((node) => ({ name: node.name, failure: last.get(node)?.failure })),
-          ));
-        }
-        if (exitCode !== 0) warnMissing(flags, nodes, last, waitedMs());
-        return exitCode;
-      }
-      // The last check is early enough for its answers to count.
-      isLast = waitedMs() + intervalMs >= lastMs;
-      await delay(isLast ? lastMs - waitedMs() : intervalMs, { signal });
-    }
-  });
-}
-
-function warnMissing(
-  flags: Flags,
-  nodes: readonly ClusterNode[],
-  probes: ReadonlyMap<ClusterNode, NodeProbe>,
-  waitedMs: number,
-): void {
-  if (flags.has("quiet")) return;
-  const missing = nodes.filter((node) => probes.get(node)?.state !== "up")
-    .map((node) => `${node.name} (${probes.get(node)?.failure?.code ?? "not checked"})`);
-  warn(`Still missing after ${seconds(waitedMs)}: ${missing.join(", ")}`);
-}
-
-const SSH_FAULT =
-  /^ssh: |Permission denied|Host key verification failed|^Connection |^kex_|^Received disconnect|^Unable to negotiate/;
-
-type SshFailureCode = "connect" | "timeout" | "exit" | "signal" | "no-address" | "local";
-
-interface SshResult {
-  readonly node: ClusterNode;
-  readonly exitCode: number | null;
-  readonly signal: string | null;
-  readonly stdout: string;
-  readonly stderr: string;
-  readonly truncated: boolean;
-  readonly durationMs: number;
-  readonly failure: { readonly code: SshFailureCode; readonly message: string } | undefined;
-}
-
-async function ssh(flags: Flags): Promise<number> {
-  const words = flags.command ?? [];
-  if (words.length === 0) throw new UsageError('ssh needs a command behind "--": cluster-hosts ssh gpu-1 -- uptime');
-  const timeoutMs = (flags.number("timeout", { min: 0.001 }) ?? 60) * 1000;
-  const concurrency = flags.number("concurrency", { min: 1, max: 10_000, isWhole: true }) ?? 32;
-  const connectTimeoutMs = (flags.number("connect-timeout", { min: 0.001 }) ?? 10) * 1000;
-  const nodes = select(flags, await loadInventory(flags));
-  const options = { user: flags.text("user"), connectTimeoutMs, options: flags.texts("ssh-option") ?? [] };
-  const commands = sshCommands(nodes, words, options);
-  if (Deno.permissions.querySync({ name: "run", command: "ssh" }).state !== "granted") {
-    throw new Error("Requires run access to ssh (on the PATH): run again with --allow-run=ssh");
-  }
-
-  const isLive = !flags.has("gather") && !flags.has("json");
-  return await interruptible(async (signal) => {
-    const results: SshResult[] = [];
-    // What ends one run by a fault of this side ends them all: no ssh, or nobody left to read.
-    const fault = new AbortController();
-    const either = AbortSignal.any([signal, fault.signal]);
-    const runs = pooledMap(concurrency, nodes, async (node: ClusterNode): Promise<void> => {
-      if (either.aborted) return;
-      try {
-        results.push(await runSsh(node, commands.get(node), { timeoutMs, signal: either, isLive }));
-      } catch (error) {
-        fault.abort(error);
-      }
-    });
-    for await (const _ of runs);
-    fault.signal.throwIfAborted();
-    results.sort((a, b) => nodes.indexOf(a.node) - nodes.indexOf(b.node));
-    if (flags.has("json")) print(jsonDocument({}, "nodes", results.map(sshJson)));
-    else if (flags.has("gather")) print(gathered(results));
-    if (!flags.has("quiet")) warnSshSummary(results, nodes.length);
-    signal.throwIfAborted();
-    return results.every(({ failure }) => !failure) ? 0 : 1;
-  });
-}
-
-/** All argument lists, before the first process starts: what is unsafe in one of them stops the whole run. */
-function sshCommands(
-  nodes: readonly ClusterNode[],
-  words: readonly string[],
-  options: Parameters<typeof sshCommand>[2],
-): Map<ClusterNode, string[]> {
-  const commands = new Map<ClusterNode, string[]>();
-  const problems: string[] = [];
-  for (const node of nodes) {
-    if (node.bestIp === undefined) continue;
-    try {
-      commands.set(node, sshCommand(node, words, options));
-    } catch (error) {
-      problems.push((error as Error).message);
-    }
-  }
-  if (problems.length > 0) throw new UsageError(problems.join("\n"));
-  return commands;
-}
-
-async function runSsh(
-  node: ClusterNode,
-  argv: readonly string[] | undefined,
-  options: { readonly timeoutMs: number; readonly signal: AbortSignal; readonly isLive: boolean },
-): Promise<SshResult> {
-  const { timeoutMs, signal, isLive } = options;
-  const started = performance.now();
-  const result = (fields: Partial<SshResult>): SshResult => ({
-    node,
-    exitCode: null,
-    signal: null,
-    stdout: "",
-    stderr: "",
-    truncated: false,
-    durationMs: Math.round(performance.now() - started),
-    failure: undefined,
-    ...fields,
-  });
-  if (!argv) return result({ failure: { code: "no-address", message: "no address" } });
-
-  let child: Deno.ChildProcess;
-  try {
-    child = new Deno.Command(argv[0]!, { args: argv.slice(1), stdin: "null", stdout: "piped", stderr: "piped" })
-      .spawn();
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) throw new UsageError("There is no ssh on the PATH: install OpenSSH");
-    return result({ failure: { code: "local", message: `ssh cannot be started (${(error as Error).message})` } });
-  }
-  const prefix = isLive ? `${escapeText(node.name)}: ` : undefined;
-  let isTimedOut = false;
-  let killTimer: ReturnType<typeof setTimeout> | undefined;
-  const end = () => {
-    killQuietly(child, "SIGTERM");
-    killTimer ??= setTimeout(() => killQuietly(child, "SIGKILL"), GRACE_MS);
-  };
-  const stdout = new OutputReader(child.stdout, Deno.stdout, prefix, end);
-  const stderr = new OutputReader(child.stderr, Deno.stderr, prefix, end);
-  const timeout = setTimeout(() => {
-    isTimedOut = true;
-    end();
-  }, timeoutMs);
-  signal.addEventListener("abort", end);
-  const { code, signal: endSignal } = await child.status;
-  clearTimeout(timeout);
-  clearTimeout(killTimer);
-  signal.removeEventListener("abort", end);
-  // A grandchild may hold the pipes for ever; what ssh itself wrote is in them already.
-  await Promise.all([stdout.finish(), stderr.finish()]);
-
-  const lastLine = stderr.text.trimEnd().split("\n").at(-1) ?? "";
-  return result({
-    exitCode: endSignal ? null : code,
-    signal: endSignal,
-    stdout: stdout.text,
-    stderr: stderr.text,
-    truncated: stdout.isTruncated || stderr.isTruncated,
-    failure: isTimedOut
-      ? { code: "timeout", message: `timed out after ${seconds(timeoutMs)}` }
-      : endSignal
-      ? { code: "signal", message: `ended by ${endSignal}` }
-      // 255 is ssh's own, but a command may return it too: then ssh has said nothing of this kind.
-      : code === 255 && SSH_FAULT.test(lastLine)
-      ? { code: "connect", message: `could not connect (${lastLine})` }
-      : code !== 0
-      ? { code: "exit", message: `exit code ${code}` }
-      : undefined,
-  });
-}
-
-function killQuietly(child: Deno.ChildProcess, signal: Deno.Signal): void {
-  try {
-    child.kill(signal);
-  } catch {
-    // It has ended already.
-  }
-}
-
-/** Reads a pipe to its end, keeps what the cap allows, and shows each line as it comes. */
-class OutputReader {
-  readonly #reader: ReadableStreamDefaultReader<Uint8Array>;
-  readonly #sink: typeof Deno.stdout | typeof Deno.stderr;
-  readonly #prefix: string | undefined;
-  readonly #decoder = new TextDecoder();
-  readonly #ended: Promise<void>;
-  readonly #parts: string[] = [];
-  #size = 0;
-  #line = "";
-  #lastReadMs = performance.now();
-  isTruncated = false;
-
-  constructor(
-    stream: ReadableStream<Uint8Array>,
-    sink: typeof Deno.stdout | typeof Deno.stderr,
-    prefix: string | undefined,
-    onFault: () => void,
-  ) {
-    this.#reader = stream.getReader();
-    this.#sink = sink;
-    this.#prefix = prefix;
-    this.#ended = this.#read();
-    // It is awaited only when the process has ended, which a full pipe would never let it.
-    this.#ended.catch(onFault);
-  }
-
-  get text(): string {
-    return this.#parts.join("");
-  }
-
-  async #read(): Promise<void> {
-    for (;;) {
-      const { done, value } = await this.#reader.read();
-      if (done) break;
-      this.#lastReadMs = performance.now();
-      const kept = value.subarray(0, MAX_OUTPUT_BYTES - this.#size);
-      this.#size += kept.length;
-      if (kept.length > 0) this.#add(this.#decoder.decode(kept, { stream: true }));
-      if (kept.length < value.length && !this.isTruncated) {
-        this.isTruncated = true;
-        this.#add(`${this.#line ? "\n" : ""}[cut at 1 MiB]\n`);
-      }
-    }
-  }
-
-  #add(text: string): void {
-    this.#parts.push(text);
-    if (this.#prefix === undefined) return;
-    const lines = (this.#line + text).split("\n");
-    this.#line = lines.pop()!;
-    this.#show(lines);
-  }
-
-  #show(lines: readonly string[]): void {
-    const text = lines.map((line) => `${this.#prefix}${escapeText(line.replace(/\r$/, ""))}\n`).join("");
-    if (text !== "") write(this.#sink, text);
-  }
-
-  /** Ends at the end of the pipe, or when somebody else holds it open and nothing comes any more. */
-  async finish(): Promise<void> {
-    this.#lastReadMs = performance.now();
-    const settled = new AbortController();
-    const idle = async () => {
-      while (performance.now() - this.#lastReadMs < GRACE_MS && !settled.signal.aborted) {
-        await delay(GRACE_MS / 5, { signal: settled.signal }).catch(() => {});
-      }
-    };
-    try {
-      await Promise.race([this.#ended, idle()]);
-    } finally {
-      settled.abort();
-      await this.#reader.cancel().catch(() => {});
-    }
-    if (this.#line !== "") this.#show([this.#line]);
-  }
-}
-
-function sshJson({ node, ...result }: SshResult): Record<string, unknown> {
-  return { name: node.name, ...result, failure: result.failure ?? null };
-}
-
-function gathered(results: readonly SshResult[]): string {
-  const groups = new Map<string, SshResult[]>();
-  for (const result of results) {
-    const key = JSON.stringify([result.exitCode, result.signal, result.failure?.code, result.stdout, result.stderr]);
-    groups.set(key, [...groups.get(key) ?? [], result]);
-  }
-  return [...groups.values()].map((group) => {
-    const { stdout, stderr, failure } = group[0]!;
-    const names = foldNames(group.map(({ node }) => node.name));
-    const count = group.length > 1 ? ` (${group.length})` : "";
-    const output = [stdout, stderr].filter((text) => text !== "").map((text) => text.replace(/\n?$/, "\n")).join("");
-    const lines = output.split("\n").map((line) => escapeText(line.replace(/\r$/, ""))).join("\n");
-    const head = `${escapeText(names)}${count}${failure ? `: ${escapeText(failure.message)}` : ""}`;
-    return `${paint(1, `--- ${head}`)}\n${lines}`;
-  }).join("");
-}
-
-/** `gpu-1 gpu-2 gpu-3 head` as `gpu-[1-3],head`, which `NODE` takes back piece by piece. */
-function foldNames(names: readonly string[]): string {
-  const groups = new Map<string, { prefix: string; suffix: string; numbers: string[] }>();
-  for (const name of names) {
-    const [, prefix = "", digits, suffix = ""] = /^(.*?)(\d+)(\D*)$/s.exec(name) ?? [];
-    if (digits === undefined) {
-      groups.set(JSON.stringify([name]), { prefix: name, suffix: "", numbers: [] });
-      continue;
-    }
-    // Numbers of one width only fold together where a zero leads: 09 and 10, but not 9 and 010.
-    const width = digits.startsWith("0") ? digits.length : 0;
-    const twin = [...groups.values()].find((group) =>
-      group.prefix === prefix && group.suffix === suffix && group.numbers.length > 0 &&
-      (width > 0 || group.numbers[0]!.startsWith("0")
-        ? group.numbers[0]!.length === digits.length
-        : !group.numbers[0]!.startsWith("0"))
-    );
-    if (twin) twin.numbers.push(digits);
-    else groups.set(JSON.stringify([prefix, suffix, digits]), { prefix, suffix, numbers: [digits] });
-  }
-  return [...groups.values()].map(({ prefix, suffix, numbers }) => {
-    if (numbers.length < 2) return `${prefix}${numbers[0] ?? ""}${suffix}`;
-    return `${prefix}[${foldNumbers(numbers)}]${suffix}`;
-  }).join(",");
-}
-
-function foldNumbers(numbers: readonly string[]): string {
-  const runs: [string, string][] = [];
-  for (const number of numbers.toSorted((a, b) => Number(a) - Number(b))) {
-    const run = runs.at(-1);
-    if (run && Number(number) === Number(run[1]) + 1) run[1] = number;
-    else runs.push([number, number]);
-  }
-  return runs.map(([first, last]) => first === last ? first : `${first}-${last}`).join(",");
-}
-
-function warnSshSummary(results: readonly SshResult[], total: number): void {
-  let failed = groupByReason(results, (message) => message);
-  // Each address has a message of its own: past a few, only what they have in common can be read.
-  if (failed.size > 5) failed = groupByReason(results, (message) => message.replace(/ \(.*\)$/s, ""));
-  const truncated = results.filter((result) => result.truncated).map(({ node }) => node.name);
-  const missing = total - results.length;
-  const returned = results.filter(({ failure }) => !failure).length;
-  const parts = [
-    `${returned} of ${total} returned 0`,
-    ...[...failed].map(([message, names]) => `${foldNames(names)}: ${message}`),
-    ...(truncated.length > 0 ? [`${foldNames(truncated)}: output cut at 1 MiB`] : []),
-    ...(missing > 0 ? [`${missing} not started`] : []),
-  ];
-  warn(parts.join("; "));
-}
-
-function groupByReason(results: readonly SshResult[], reasonOf: (message: string) => string): Map<string, string[]> {
-  const groups = new Map<string, string[]>();
-  for (const { node, failure } of results) {
-    if (!failure) continue;
-    const reason = reasonOf(failure.message);
-    const names = groups.get(reason) ?? [];
-    names.push(node.name);
-    groups.set(reason, names);
-  }
-  return groups;
-}
-
-async function validate(flags: Flags): Promise<number> {
-  rejectNodes(flags, "validate");
-  let origin = flags.text("config") ?? "inventory";
-  let errors: readonly ConfigProblem[];
-  let doubts: readonly ConfigProblem[] = [];
-  try {
-    const source = await readConfig(flags);
-    origin = source.origin;
-    const report = inspectHostsConfig(source.text);
-    errors = source.exists ? report.problems : [{ path: "", message: "there is no such file" }];
-    doubts = report.doubts;
-  } catch (error) {
-    if (!(error instanceof HostsConfigError)) throw error;
-    errors = error.problems;
-  }
-  if (flags.has("json")) print(`${toJson({ schemaVersion: 1, origin, errors, doubts })}\n`);
-  else {
-    const lines = [
-      ...errors.map((problem) => formatConfigProblem(problem, origin)),
-      ...doubts.map((doubt) => formatConfigProblem({ ...doubt, message: `doubt: ${doubt.message}` }, origin)),
-    ];
-    const count = (number: number, word: string) => `${number || "no"} ${word}${number === 1 ? "" : "s"}`;
-    print(lines.map((line) => `${escapeText(line)}\n`).join(""));
-    if (!flags.has("quiet")) print(`${count(errors.length, "error")}, ${count(doubts.length, "doubt")}\n`);
-  }
-  return errors.length > 0 || (flags.has("strict") && doubts.length > 0) ? 2 : 0;
-}
-
-async function exportInventory(flags: Flags): Promise<number> {
-  const [format, ...names] = flags.nodes;
-  const formats: Readonly<Record<string, (flags: Flags, nodes: readonly ClusterNode[]) => string>> = {
-    ansible: ansibleInventory,
-    prometheus: prometheusTargets,
-    "ssh-config": sshConfig,
-  };
-  const known = Object.keys(formats);
-  if (format === undefined || !Object.hasOwn(formats, format)) {
-    const given = format === undefined
-      ? "export needs a format"
-      : `Unknown format "${format}"${suggestion(format, known)}`;
-    throw new UsageError(`${given}; expected ${known.join(", ")}`);
-  }
-  if (format !== "ansible" && (flags.has("list") || flags.has("host"))) {
-    throw new UsageError("--list and --host are for export ansible");
-  }
-  const inventory = await loadInventory(flags);
-  print(formats[format]!(flags, select(flags, inventory, names)));
-  return 0;
-}
-
-function ansibleInventory(flags: Flags, nodes: readonly ClusterNode[]): string {
-  const host = flags.text("host");
-  if (host !== undefined) {
-    const node = nodes.find(({ name }) => name === host);
-    return `${toJson(node ? ansibleVariables(node) : {}, 2)}\n`;
-  }
-  const groups = new Map<string, { label: string; hosts: string[] }>();
-  const collisions = new Set<string>();
-  for (const node of nodes) {
-    for (const [kind, value] of [["role", node.role], ["status", node.status], ["gpu", node.gpu]] as const) {
-      if (value === "") continue;
-      const name = `${kind}_${value}`.replace(/[^A-Za-z0-9_]/g, "_");
-      const label = `${kind} "${value}"`;
-      const group = groups.get(name) ?? { label, hosts: [] };
-      if (group.label !== label) collisions.add(`${group.label} and ${label} would both be the group ${name}`);
-      group.hosts.push(node.name);
-      groups.set(name, group);
-    }
-  }
-  if (collisions.size > 0) throw new Error(`Cannot name the Ansible groups: ${[...collisions].join("; ")}`);
-  return `${
-    toJson({
-      _meta: { hostvars: Object.fromEntries(nodes.map((node) => [node.name, ansibleVariables(node)])) },
-      all: { children: ["ungrouped", ...groups.keys()] },
-      ...Object.fromEntries([...groups].map(([name, { hosts }]) => [name, { hosts }])),
-    }, 2)
-  }\n`;
-}
-
-function ansibleVariables(node: ClusterNode): Record<string, unknown> {
-  return {
-    ansible_host: node.bestIp,
-    ansible_user: node.sshUser,
-    ansible_port: node.sshPort,
-    ansible_ssh_private_key_file: node.sshKey,
-    ...plainValue(node.entry, { nodes: 10_000 }) as Record<string, unknown>,
-  };
-}
-
-/** A copy of what can be written as JSON: YAML may share and nest without end, which an endless text would be. */
-function plainValue(value: unknown, budget: { nodes: number }, depth = 0): unknown {
-  if (--budget.nodes < 0 || depth > 50) throw new Error("Cannot export a host whose keys are nested without end");
-  if (Array.isArray(value)) return value.map((item) => plainValue(item, budget, depth + 1));
-  if (typeof value !== "object" || value === null) return value;
-  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, plainValue(item, budget, depth + 1)]));
-}
-
-function prometheusTargets(flags: Flags, nodes: readonly ClusterNode[]): string {
-  const { port } = sweepFlags(flags);
-  const targets = nodes.flatMap(({ name, role, status, gpu, bestIp, dataServerPort }) =>
-    bestIp === undefined
-      ? []
-      : [{ targets: [hostPort(bestIp, port ?? dataServerPort)], labels: { node: name, role, status, gpu } }]
-  );
-  return `${toJson(targets, 2)}\n`;
-}
-
-function sshConfig(_flags: Flags, nodes: readonly ClusterNode[]): string {
-  const unusable = nodes.filter(({ name }) => /[*?!"#,]/.test(name) || escapeText(name) !== name).map(({ name }) =>
-    JSON.stringify(name)
-  );
-  if (unusable.length > 0) {
-    throw new Error(`Cannot be named in ssh_config, as patterns, comments or hidden text: ${unusable.join(", ")}`);
-  }
-  const quoted = (text: string) => /^[\w.:@~/+-]+$/.test(text) ? text : `"${text.replaceAll("\\", "\\\\")}"`;
-  return nodes.map((node) => {
-    if (node.bestIp === undefined) return `# ${node.name}: no address\n`;
-    return [
-      `Host ${quoted(node.name)}`,
-      `  HostName ${node.bestIp}`,
-      `  User ${quoted(node.sshUser)}`,
-      `  Port ${node.sshPort}`,
-      ...(node.sshKey ? [`  IdentityFile ${quoted(node.sshKey)}`] : []),
-      "",
-    ].join("\n");
-  }).join("\n");
-}
-
-function permissionFlags(args: readonly string[]): Flags {
-  const ownOptions = args.findIndex((arg) => !arg.startsWith("-"));
-  const own = ownOptions < 0 ? args : args.slice(0, ownOptions);
-  const flags = parseFlags("permissions", COMMANDS.permissions!, own);
-  return { ...flags, nodes: ownOptions < 0 ? [] : args.slice(ownOptions) };
-}
-
-async function permissions(flags: Flags): Promise<number> {
-  const [name, ...rest] = flags.nodes;
-  if (flags.has("help")) {
-    print(commandHelp(COMMANDS.permissions!));
-    return 0;
-  }
-  if (name === undefined) throw new UsageError("permissions needs a command: cluster-hosts permissions status");
-  const command = findCommand(name);
-  const isFolded = flags.has("fold") || rest.includes("--fold");
-  const args = parseFlags(name, command, rest.filter((arg) => arg !== "--fold"));
-  if (args.has("help") || name === "permissions") {
-    print("\n");
-    return 0;
-  }
-  const needs = await neededPermissions(name, args);
-  const allowed = [
-    ["read", needs.read],
-    ["net", foldHosts(needs.net, isFolded)],
-    ["env", needs.env],
-    ["sys", needs.sys],
-    ["run", needs.run],
-  ] as const;
-  for (const path of needs.read) {
-    if (/[\s,'"$`\\*?[]/.test(path)) {
-      throw new Error(`Cannot print a flag for ${JSON.stringify(path)}: a shell would split it`);
-    }
-  }
-  const printed = allowed.filter(([, values]) => values.length > 0).map(([kind, values]) =>
-    values[0] === "" ? `--allow-${kind}` : `--allow-${kind}=${values.join(",")}`
-  );
-  print(`${printed.join(" ")}\n`);
-  return 0;
-}
-
-interface NeededPermissions {
-  readonly read: string[];
-  readonly net: string[];
-  readonly env: string[];
-  readonly sys: string[];
-  readonly run: string[];
-}
-
-async function neededPermissions(name: string, flags: Flags): Promise<NeededPermissions> {
-  const inventory = await loadInventory(flags);
-  const { origin } = inventory;
-  const isUrl = /^https?:/i.test(origin);
-  const needs: NeededPermissions = {
-    read: isUrl || origin === "stdin" ? [] : [origin.replace(/^file:\/\//i, "")],
-    net: isUrl ? [urlHost(origin)] : [],
-    env: flags.has("config") ? [] : ["RINGRIFT_HOSTS_CONFIG"],
-    sys: [],
-    run: name === "ssh" ? ["ssh"] : [],
-  };
-  if (name !== "validate") {
-    needs.env.push("RINGRIFT_CONFIG_PATH");
-    // As in the library, the unified config is read only where a node depends on it.
-    const { data_server_port: sharedPort } = Object(inventory.config.distributed) as { data_server_port?: unknown };
-    const unified = envIfGranted("RINGRIFT_CONFIG_PATH");
-    const isRead = inventory.nodes.some(({ entry }) => (entry.data_server_port ?? sharedPort ?? "") === "");
-    if (unified !== undefined && isRead) needs.read.push(unified);
-  }
-  if (name === "coordinator" || (name === "status" && inventory.nodes.length === 0)) {
-    needs.env.push("RINGRIFT_COORDINATOR_IP");
-  }
-  const { port } = sweepFlags(flags);
-  if (name === "status") {
-    needs.net.push(...(await statusNodes(flags, inventory)).flatMap((node) => netHosts(node, port)));
-  }
-  if (name === "wait") needs.net.push(...select(flags, inventory).flatMap((node) => netHosts(node, port)));
-  if (name === "urls") {
-    const { kind, names } = urlKind(flags);
-    const { syncPort } = await getEloSyncConfig(inventory.config);
-    const checked = kind === "data" ? undefined : port ?? { elo: syncPort, models: MODEL_SYNC_PORT, other: 8766 }[kind];
-    if (kind === "data" && !flags.has("include-self")) {
-      needs.env.push("RINGRIFT_NODE_ID");
-      needs.sys.push("hostname", "networkInterfaces");
-    }
-    if (!flags.has("unchecked")) {
-      needs.net.push(...select(flags, inventory, names).flatMap((node) => netHosts(node, checked)));
-    }
-  }
-  return needs;
-}
-
-function envIfGranted(variable: string): string | undefined {
-  if (Deno.permissions.querySync({ name: "env", variable }).state !== "granted") return undefined;
-  return Deno.env.get(variable)?.trim() || undefined;
-}
-
-function urlHost(url: string): string {
-  const { hostname, port, protocol } = new URL(url);
-  return `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`;
-}
-
-/** The hosts as they are, or, where asked for or too many, their IPv4 addresses as the smallest networks that fit. */
-function foldHosts(hosts: readonly string[], isFolded: boolean): string[] {
-  const distinct = [...new Set(hosts)];
-  const fits = (list: readonly string[]) => list.join(",").length <= MAX_FLAG_LENGTH;
-  if (!isFolded && fits(distinct)) return distinct;
-  const others: string[] = [];
-  const byPort = new Map<string, number[]>();
-  for (const host of distinct) {
-    const [, address, port] = /^(\d+\.\d+\.\d+\.\d+):(\d+)$/.exec(host) ?? [];
-    if (address === undefined || port === undefined) others.push(host);
-    else byPort.set(port, [...byPort.get(port) ?? [], ipv4Number(address)]);
-  }
-  for (let prefix = 32; prefix >= 8; prefix--) {
-    const networks = [...byPort].flatMap(([port, addresses]) =>
-      mergedNetworks(addresses, prefix).map((network) => `${network}:${port}`)
-    );
-    const list = [...networks, ...others];
-    if (!fits(list)) continue;
-    if (!isFolded || prefix < 32) {
-      warn(
-        `The ${distinct.length} hosts are too many for one flag: printed as ${list.length} networks, which may admit more`,
-      );
-    }
-    return list;
-  }
-  warn(`The ${distinct.length} hosts are too many for one flag: printed as access to every host`);
-  return [""];
-}
-
-function ipv4Number(address: string): number {
-  return address.split(".").reduce((number, part) => number * 256 + Number(part), 0);
-}
-
-/** The fewest networks that hold exactly the networks of length `prefix` around the addresses. */
-function mergedNetworks(addresses: readonly number[], prefix: number): string[] {
-  const merged: string[] = [];
-  let current = new Set(addresses.map((address) => Math.floor(address / 2 ** (32 - prefix))));
-  for (let length = prefix; length >= 0 && current.size > 0; length--) {
-    const parents = new Set<number>();
-    for (const network of current) {
-      const sibling = network % 2 === 0 ? network + 1 : network - 1;
-      if (length > 0 && current.has(sibling)) parents.add(Math.floor(network / 2));
-      else {
-        const base = network * 2 ** (32 - length);
-        const text = [24, 16, 8, 0].map((shift) => Math.floor(base / 2 ** shift) % 256).join(".");
-        merged.push(length === 32 ? text : `${text}/${length}`);
-      }
-    }
-    current = parents;
-  }
-  return merged;
-}
-
-type Cell = string | { readonly text: string; readonly colour?: number; readonly isRight?: boolean };
-
-function table(header: readonly string[], rows: readonly (readonly Cell[])[]): string {
-  const cells = rows.map((row) => row.map((cell) => typeof cell === "string" ? { text: cell } : cell));
-  const texts = cells.map((row) => row.map(({ text }) => escapeText(text)));
-  const widths = header.map((title, column) =>
-    texts.reduce((width, row) => Math.max(width, row[column]!.length), title.length)
-  );
-  const line = (row: readonly string[], styles: readonly { colour?: number; isRight?: boolean }[]) =>
-    row.map((text, column) => {
-      const { colour, isRight } = styles[column] ?? {};
-      const padding = " ".repeat(widths[column]! - text.length);
-      const painted = colour === undefined ? text : paint(colour, text);
-      return isRight ? padding + painted : painted + padding;
-    }).join("  ").trimEnd();
-  const titleStyles = header.map((_, column) => ({ ...cells[0]?.[column], colour: 1 }));
-  return [line(header, titleStyles), ...texts.map((row, index) => line(row, cells[index]!))].join("\n") + "\n";
-}
-
-function paint(code: number, text: string): string {
-  return Deno.stdout.isTerminal() && !Deno.noColor ? `\x1b[${code}m${text}\x1b[0m` : text;
-}
-
-/** Nothing that a node, a file or an error says may steer the terminal. */
-function escapeText(text: string): string {
-  return text.replace(
-    /[\p{Cc}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/gu,
-    (character) => character === "\t" ? " " : `\\u{${character.codePointAt(0)!.toString(16)}}`,
-  );
-}
-
-function toJson(value: unknown, indent?: number): string {
-  // What JSON leaves as it is, a terminal may still obey.
-  return JSON.stringify(value, null, indent).replace(
-    /[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g,
-    (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`,
-  );
-}
-
-/** One item a line: as good for `grep` and `diff` as for a parser. */
-function jsonDocument(head: Record<string, unknown>, key: string, items: readonly unknown[]): string {
-  const lines = items.map((item) => `\n${toJson(item)}`).join(",");
-  return `${toJson({ schemaVersion: 1, ...head }).slice(0, -1)},"${key}":[${lines}${items.length > 0 ? "\n" : ""}]}\n`;
-}
-
-function print(text: string): void {
-  write(Deno.stdout, text);
-}
-
-function warn(message: string): void {
-  write(Deno.stderr, message.split("\n").map((line) => `cluster-hosts: ${escapeText(line)}\n`).join(""));
 }
 
 function write(sink: typeof Deno.stdout | typeof Deno.stderr, text: string): void {
@@ -1591,8 +66,1335 @@ function write(sink: typeof Deno.stdout | typeof Deno.stderr, text: string): voi
     for (let written = 0; written < bytes.length;) written += sink.writeSync(bytes.subarray(written));
   } catch (error) {
     if (error instanceof Deno.errors.BrokenPipe) throw new ClosedOutput();
-    throw new Error(`Cannot write the output: ${(error as Error).message}`, { cause: error });
+    throw new Error(`Cannot write the output: ${messageOf(error)}`, { cause: error });
   }
+}
+
+function listenToSignals(listener: (signal: Deno.Signal) => void): () => void {
+  // Windows knows the first one alone.
+  const signals = Object.keys(SIGNAL_EXIT_CODES).slice(0, Deno.build.os === "windows" ? 1 : 3) as Deno.Signal[];
+  const listeners = signals.map((signal) => [signal, () => listener(signal)] as const);
+  for (const entry of listeners) Deno.addSignalListener(...entry);
+  return () => listeners.forEach((entry) => Deno.removeSignalListener(...entry));
+}
+
+/** stdout closed early (`head`): exit quietly. */
+class ClosedOutput extends Error {}
+
+/** A signal came, which is the message. */
+class Interrupt extends Error {}
+
+interface Call {
+  readonly io: Io;
+  readonly signal: AbortSignal;
+  readonly flags: Flags;
+  /** Which of the command's kinds is asked for. */
+  readonly kind: string;
+  readonly words: readonly string[];
+  /** What stands behind "--". */
+  readonly remote: readonly string[] | undefined;
+  readonly inventory: Inventory;
+}
+
+interface Command {
+  readonly name: string;
+  readonly summary: string;
+  readonly usage: string;
+  /** The words of which one stands before the NODEs. */
+  readonly kinds?: readonly string[];
+  readonly options: readonly OptionName[];
+  /** Help on an option that means something of its own here. */
+  readonly help?: Readonly<Partial<Record<OptionName, string>>>;
+  readonly notes: string;
+  readonly examples: readonly [string, string];
+  run(call: Call): Promise<number>;
+  /** What it uses beside what reading the inventory takes. */
+  needs?(call: Call): Promise<Needs>;
+}
+
+type Needs = { readonly net?: readonly Endpoint[] } & { readonly [K in "env" | "sys" | "run"]?: readonly string[] };
+
+/**
+ * Runs one command line and gives its exit code: 0 all is well; 1 it is not; 2 bad usage, a bad inventory, or something
+ * that could not be checked; 130 Ctrl-C; 143 SIGTERM. Results go to stdout, progress and errors to stderr. A permission
+ * is used when it is needed, and never asked for; `permissions COMMAND` prints those of a command.
+ */
+export async function main(args: readonly string[], io: Io = openTerminal()): Promise<number> {
+  const controller = new AbortController();
+  const stopListening = io.onSignal((signal) => controller.abort(new Interrupt(signal)));
+  try {
+    const line = parseLine(args);
+    const help = args.length === 0 ? generalHelp() : helpOf(line);
+    if (help === undefined) return await runLine(line, io, controller.signal);
+    io.out(help);
+    return args.length === 0 ? 2 : 0;
+  } catch (error) {
+    if (error instanceof ClosedOutput) return 0;
+    if (error instanceof Interrupt) return SIGNAL_EXIT_CODES[error.message]!;
+    try {
+      warn(io, messageOf(error));
+    } catch {
+      // stderr is closed or full: the exit code is all that is left to say it.
+    }
+    return 2;
+  } finally {
+    stopListening();
+  }
+}
+
+async function runLine(line: Line, io: Io, signal: AbortSignal): Promise<number> {
+  const { flags, remote, words: [name, ...words] } = line;
+  const unsupported = unsupportedDeno();
+  if (unsupported) throw new Error(unsupported);
+  const command = name === undefined ? undefined : findCommand(name, words);
+  const refused = refusals({ ...line, words }, command);
+  if (!command || refused.length > 0) throw new Error(refused.join("\n"));
+  const isRead = command !== VALIDATE;
+  const source = isRead ? await readInventory({ flags, io, signal }) : { text: "", origin: "", exists: false };
+  const call = { io, signal, flags, kind: "", words, remote, inventory: await parseInventory(source) };
+  return await command.run(takeKind(call, command));
+}
+
+function helpOf({ flags, words: [name, ...words] }: Line): string | undefined {
+  if (flags.version || name === "version") return `cluster-hosts ${manifest.version}\n`;
+  const topic = name === "help" ? words[0] : name;
+  if (name !== "help" && !flags.help) return undefined;
+  return topic === undefined ? generalHelp() : commandHelp(findCommand(topic, words));
+}
+
+/** What is wrong with a line. The options of `permissions` are those of the command that it is about. */
+function refusals({ words, remote, flags, unknown, faults }: Line, command: Command | undefined): string[] {
+  const isInner = command === PERMISSIONS && words[0] !== undefined;
+  const [asked, given] = isInner ? [findCommand(words[0]!, words), words.slice(1)] : [command, words];
+  const seeHelp = `; see cluster-hosts ${asked ? `${asked.name} ` : ""}--help`;
+  const options = [...asked?.options ?? [], ...OPTION_NAMES].map((option) => `--${option}`);
+  const misplaced = OPTION_NAMES.filter((name) => name in flags && asked && !asked.options.includes(name));
+  const refused = [
+    ...unknown.map((option) => `Unknown option ${JSON.stringify(option)}${adviceOn(option, options) ?? seeHelp}`),
+    ...misplaced.map((name) => `${asked!.name} does not take --${name}${seeHelp}`),
+    ...faults,
+  ];
+  if (refused.length > 0) return refused;
+  if (!asked) return [`There is no command${seeHelp}`];
+  const views = (["json", "gather", "names", "watch", "dry-run"] as const).filter((name) => flags[name]);
+  if (views.length > 1 && `${views}` !== "json,watch") return [`--${views.join(" and --")} exclude each other`];
+  if (remote && asked !== SSH) return [`${asked.name} takes no command behind "--"`];
+  if (words.includes("")) return ["A NODE is empty: did a $(...) print nothing?"];
+  const isNodeless = asked.usage === "[options]" && given.length > 0;
+  return isNodeless ? [`${asked.name} takes no NODE, got ${given.join(" ")}; a file is given as --config FILE`] : [];
+}
+
+function takeKind(call: Call, { name, kinds }: Command): Call {
+  const { words: [word, ...words], flags } = call;
+  if (!kinds) return call;
+  if (word !== undefined && kinds.includes(word)) return { ...call, kind: word, words };
+  if (name === URLS.name && ("port" in flags || "path" in flags)) return call;
+  const head = word === undefined ? `${name} needs one of` : `Unknown kind ${JSON.stringify(word)}`;
+  throw new Error(`${head}${adviceOn(word ?? "", kinds) ?? `: ${kinds.join(", ")}`}`);
+}
+
+/** What people who come from 0.1 or from another tool type, and what to type instead. */
+const HINTS: readonly (readonly [typed: RegExp, hint: string])[] = [
+  [/^--fold$/, "it is gone; past 100 KB, permissions prints --allow-net"],
+  [/^--host$/, "it is gone; export ansible has the variables of every host under _meta"],
+  [/^--(format|output)$|^-[oj]$/, "write --json"],
+  [/^--(file|inventory)$|^-[fi]$/, "write --config PATH"],
+  [/^--(nodes?|hosts|limit)$|^-[wln]$/, "name the nodes without an option, as in 'gpu-[1-8]'"],
+  [/^--(ignore|skip)$|^-x$/, "write --exclude NODE"],
+  [/^--(filter|selector|label)$/, "write --where KEY=VALUE"],
+  [/^--(sort|order|failed|down)$/, "status lists problems first; --only problems shows them alone"],
+  [/^--(retry|retries)$/, "TCP repeats lost packets itself; a longer --timeout gives it time"],
+  [/^--(verbose|debug)$|^-v$/, "REASON says why; --json says everything"],
+  [/^-p$/, "write --port PORT"],
+  [/^-u$/, "write --user NAME"],
+  [/^(list|ls|hosts|inventory|show)$/, "write nodes"],
+  [/^(check|ping|health|up|top)$/, "write status"],
+  [/^(run|exec|shell|login|clush|pdsh)$/, "write ssh"],
+];
+
+function adviceOn(word: string, known: readonly string[]): string | undefined {
+  const hint = HINTS.find(([typed]) => typed.test(word))?.[1];
+  const near = didYouMean(word, known);
+  return hint ? `: ${hint}` : near && `; did you mean "${near}"?`;
+}
+
+function findCommand(name: string, words: readonly string[]): Command {
+  const command = COMMANDS.find((known) => known.name === name);
+  if (command) return command;
+  const later = COMMANDS.find((known) => words.includes(known.name));
+  if (later) throw new Error(`The command comes first: cluster-hosts ${later.name} ${shellQuote(name)}`);
+  const advice = adviceOn(name, COMMANDS.map(nameOf)) ?? "; see cluster-hosts --help";
+  throw new Error(`Unknown command ${JSON.stringify(name)}${advice}`);
+}
+
+function nameOf({ name }: { readonly name: string }): string {
+  return name;
+}
+
+function generalHelp(): string {
+  const options = optionHelp([...SELECTION, ...SWEEP, ...COMMON, "version"]);
+  return [
+    `cluster-hosts ${manifest.version}: which nodes the cluster has, and which of them answer`,
+    "Usage: cluster-hosts COMMAND [NODE...] [options]",
+    COMMANDS.map(({ name, summary }) => `  ${name.padEnd(12)} ${summary}`).join("\n"),
+    "NODE is a name, a glob (gpu-*), a range (gpu-[1-8], gpu-[01-16,20]) or a comma\nlist of these. Without one: " +
+    `the active nodes.\n\n${options}\n\n"cluster-hosts COMMAND --help" lists what a command takes.`,
+    "Exit code 0: all is well; 1: it is not; 2: bad usage or config, or not checked.\n",
+  ].join("\n\n");
+}
+
+function commandHelp({ name, summary, usage, options, help, notes, examples }: Command): string {
+  return [
+    summary.charAt(0).toUpperCase() + summary.slice(1),
+    `Usage: cluster-hosts ${name} ${usage}`,
+    optionHelp(options, help),
+    notes,
+    `Examples:\n${examples.map((example) => `  ${example}\n`).join("")}`,
+  ].join("\n\n");
+}
+
+function optionHelp(names: readonly OptionName[], own: Command["help"] = {}): string {
+  return names.map((name) => {
+    const { short, value, help }: Option = OPTIONS[name];
+    const label = `${short ? `-${short}, ` : ""}--${name}${value ? ` ${value}` : ""}`;
+    return `  ${label.padEnd(23)} ${(own[name] ?? help).replaceAll("\n", `\n${" ".repeat(26)}`)}`;
+  }).join("\n");
+}
+
+interface Option {
+  readonly value?: string;
+  readonly expected?: string;
+  /** The value; undefined if it is invalid. A list is added to, if the option is given again. */
+  parse?(text: string): unknown;
+  readonly help: string;
+  readonly short?: string;
+}
+
+const TEXT = { expected: "a text", parse: (text: string) => text } as const;
+const LIST = { expected: "a comma list", parse: splitList } as const;
+const TIME = { value: "TIME", expected: "seconds, or 500ms, 5s, 2m", parse: parseDuration } as const;
+const PAIR = { value: "KEY=VALUE", expected: "KEY=VALUE" } as const;
+const MIN_UP = { value: "N|N%", expected: "a number from 1, or 1% to 100%" } as const;
+const STATE = { value: "STATE", expected: "up, unhealthy, down, unknown or problems" } as const;
+const CONFIG_HELP = `the inventory; - is stdin (default:\n$RINGRIFT_HOSTS_CONFIG, else\n${DEFAULT_CONFIG_PATH})`;
+
+function wholeNumber(max: number) {
+  const parse = (text: string) => /^[1-9]\d{0,8}$/.test(text) && Number(text) <= max ? Number(text) : undefined;
+  return { value: "N", expected: `a whole number from 1 to ${max}`, parse };
+}
+
+const OPTIONS = {
+  config: { ...TEXT, short: "c", value: "PATH|URL|-", help: CONFIG_HELP },
+  role: { ...LIST, value: "ROLE", help: "only nodes of these roles: a,b (default: any)" },
+  gpu: { ...LIST, value: "TEXT", help: "only nodes whose GPU contains TEXT (default: any)" },
+  status: { ...LIST, value: "STATUS", help: "only nodes of this status (default: active ones)" },
+  exclude: { ...LIST, value: "NODE", help: "not these nodes (default: none)" },
+  where: { ...PAIR, parse: parsePair, help: "only nodes whose entry says this (default: any)" },
+  all: { help: "inactive nodes too (default: active ones)" },
+  timeout: { ...TIME, short: "t", help: `deadline of each node (default: ${showDuration(DEFAULTS.timeoutMs)})` },
+  concurrency: { ...wholeNumber(1_000_000), help: `how many nodes at once (default: ${DEFAULTS.concurrency})` },
+  port: { ...wholeNumber(65_535), value: "PORT", help: "another port (default: each node's data server)" },
+  tcp: { help: "check the TCP connection only (default: HTTP)" },
+  path: { ...TEXT, value: "PATH", help: "ask for this path (default: each node's status_path)" },
+  "min-up": { ...MIN_UP, parse: parseMinUp, help: "succeed once N nodes are up (default: all)" },
+  only: { ...STATE, parse: parseStates, help: "show only down, unhealthy, unknown, up, or problems" },
+  gather: { help: "one line per outcome, names folded (default: a table)" },
+  names: { help: "names alone, one a line (default: a table)" },
+  watch: { help: "check again and again (default: once)" },
+  interval: { ...TIME, help: "between two checks of a node" },
+  "include-self": { help: "urls data: this host too (default: left out)" },
+  unchecked: { help: "every selected node (default: those that answer)" },
+  user: { ...TEXT, value: "NAME", help: "log in as NAME (default: each node's ssh_user)" },
+  "connect-timeout": { ...TIME, help: `to connect (default: ${showDuration(DEFAULTS.connectTimeoutMs)})` },
+  "ssh-option": { ...PAIR, parse: (text: string) => [text], help: "as in ssh_config(5); repeatable (default: none)" },
+  cd: { help: "run it in each node's ringrift_path (default: at home)" },
+  stdin: { help: "give each node what comes on stdin (default: nothing)" },
+  "dry-run": { help: "print the commands (default: run them)" },
+  strict: { help: "a warning is an error (default: it is not)" },
+  list: { help: "taken from Ansible; changes nothing" },
+  json: { help: "JSON (default: text)" },
+  quiet: { short: "q", help: "no progress, no summary (default: both)" },
+  help: { short: "h", help: "this text" },
+  version: { short: "V", help: "the version" },
+} satisfies Record<string, Option>;
+
+type OptionName = keyof typeof OPTIONS;
+type OptionValue<O> = O extends { parse(text: string): infer T } ? Exclude<T, undefined> : true;
+type Flags = { readonly [K in OptionName]?: OptionValue<(typeof OPTIONS)[K]> };
+
+const OPTION_NAMES = Object.keys(OPTIONS) as OptionName[];
+const SELECTION = ["config", "role", "gpu", "status", "exclude", "where", "all"] as const;
+const SWEEP = ["timeout", "concurrency", "port"] as const;
+const COMMON = ["json", "quiet", "help"] as const;
+
+/** A line taken apart. What is wrong with it is told when its command is known. */
+type Line = ReturnType<typeof parseLine>;
+
+function parseLine(args: readonly string[]) {
+  const end = args.includes("--") ? args.indexOf("--") : args.length;
+  const queue = args.slice(0, end);
+  const flags: Record<string, unknown> = {};
+  const [words, unknown, faults]: [string[], string[], string[]] = [[], [], []];
+  for (let arg = queue.shift(); arg !== undefined; arg = queue.shift()) {
+    const [, long, inline] = /^--([^=]+)(?:=(.*))?$/s.exec(arg) ?? [];
+    const letter = long === undefined ? arg[1] : "";
+    const name = OPTION_NAMES.find((name) => name === long || (OPTIONS[name] as Option).short === letter);
+    const attached = long === undefined ? arg.slice(2).replace(/^=/, "") || undefined : inline;
+    if (!arg.startsWith("-") || arg === "-") words.push(arg);
+    else if (name) faults.push(...takeOption(flags, name, attached, queue));
+    else unknown.push(long === undefined ? arg : `--${long}`);
+  }
+  const remote = end < args.length ? args.slice(end + 1) : undefined;
+  return { words, remote, flags: flags as Flags, unknown, faults };
+}
+
+/** Sets one flag, from its own argument or the next one; gives what is wrong with it. */
+function takeOption(flags: Record<string, unknown>, name: OptionName, inline: string | undefined, queue: string[]) {
+  const { value, expected, parse }: Option = OPTIONS[name];
+  if (!parse) {
+    flags[name] = true;
+    if (inline !== undefined) return [`--${name} takes no value: write --${name}, or leave it out`];
+    // 0.1 took the interval there.
+    const isInterval = name === "watch" && /^\d+(\.\d+)?$/.test(queue[0] ?? "");
+    return isInterval ? [`--watch takes no value: write --watch --interval ${queue.shift()}`] : [];
+  }
+  // What begins with "-" is the next option, unless it is "-" or a negative number, of which the answer says more.
+  const text = inline ?? (/^-\D/.test(queue[0] ?? "-?") ? "" : queue.shift()!);
+  const parsed = parse(text);
+  if (text === "") return [`--${name} needs a value: ${value}`];
+  if (parsed === undefined) return [`--${name} takes ${expected}, not ${JSON.stringify(text)}`];
+  flags[name] = Array.isArray(parsed) ? [...flags[name] as unknown[] ?? [], ...parsed] : parsed;
+  return [];
+}
+
+function parseDuration(text: string): number | undefined {
+  const [, number, unit = "s"] = /^(\d+(?:\.\d+)?)(ms|s|m|h)?$/.exec(text) ?? [];
+  const ms = Number(number) * { ms: 1, s: 1000, m: 60_000, h: 3_600_000 }[unit]!;
+  // What a timer can hold.
+  return ms >= 1 && ms < 2 ** 31 ? ms : undefined;
+}
+
+function showDuration(ms: number): string {
+  if (ms % 1000 !== 0) return `${ms}ms`;
+  return ms % 60_000 === 0 ? `${ms / 60_000}m` : `${ms / 1000}s`;
+}
+
+/** How many nodes out of a total have to be up. */
+function parseMinUp(text: string): ((total: number) => number) | undefined {
+  const [, number, percent] = /^(\d{1,7}(?:\.\d+)?)(%?)$/.exec(text) ?? [];
+  const count = Number(number);
+  if (percent && count > 0 && count <= 100) return (total) => Math.ceil((count * total - 1e-9) / 100);
+  return !percent && count >= 1 && Number.isInteger(count) ? () => count : undefined;
+}
+
+const STATES: readonly NodeState[] = ["down", "unhealthy", "unknown", "up"];
+
+function parseStates(text: string): NodeState[] | undefined {
+  const known = (word: string) => word === "problems" ? STATES.slice(0, -1) : STATES.filter((state) => state === word);
+  const states = splitList(text)?.map(known) ?? [[]];
+  return states.every(({ length }) => length > 0) ? states.flat() : undefined;
+}
+
+function parsePair(text: string): [key: string, value: string][] | undefined {
+  const [, key, value] = /^([^=]+)=(.*)$/s.exec(text) ?? [];
+  return key === undefined || value === undefined ? undefined : [[key, value]];
+}
+
+/** At the commas, but for those in brackets: `gpu-[1,3],head`. */
+function splitList(text: string): string[] | undefined {
+  const items = text.split(/,(?![^[]*\])/).map((item) => item.trim()).filter((item) => item !== "");
+  return items.length > 0 ? items : undefined;
+}
+
+interface Inventory extends HostsConfigText {
+  readonly config: HostsConfig;
+  readonly nodes: readonly ClusterNode[];
+}
+
+async function readInventory(call: Pick<Call, "flags" | "io" | "signal">): Promise<HostsConfigText> {
+  const { flags: { config, timeout: timeoutMs }, signal } = call;
+  if (config !== "-") return await readHostsConfig(config, { timeoutMs, signal });
+  return { text: new TextDecoder().decode(await readStdin(call)), origin: "stdin", exists: true };
+}
+
+/** Reading stdin has no signal of its own, and must not keep Ctrl-C waiting. */
+async function readStdin({ io, signal }: Pick<Call, "io" | "signal">): Promise<Uint8Array<ArrayBuffer>> {
+  const aborted = new Promise<never>((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+  return await Promise.race([io.readStdin(), aborted]);
+}
+
+async function parseInventory(source: HostsConfigText): Promise<Inventory> {
+  const config = parseHostsConfig(source.text, source.origin);
+  return { ...source, config, nodes: [...(await getClusterNodes(config)).values()] };
+}
+
+function selectionOf({ flags, words }: Pick<Call, "flags" | "words">): NodeSelection {
+  const { role: roles, gpu: gpus, status: statuses, exclude, all: includeInactive, where } = flags;
+  const names = words.length > 0 ? words : undefined;
+  return { names, roles, gpus, statuses, exclude, includeInactive, where: where && groupPairs(where) };
+}
+
+function groupPairs(pairs: readonly (readonly [key: string, value: string])[]): Record<string, string[]> {
+  const groups = Map.groupBy(pairs, ([key]) => key);
+  return Object.fromEntries([...groups].map(([key, list]) => [key, list.map(([, value]) => value)]));
+}
+
+function select(call: Call): ClusterNode[] {
+  const { nodes } = call.inventory;
+  if (nodes.length === 0) throw new Error(emptyInventory(call));
+  const selected = selectNodes(nodes, selectionOf(call));
+  if (selected.length === 0) throw new Error(emptySelection(call));
+  return selected;
+}
+
+function emptyInventory({ inventory: { origin, exists } }: Call): string {
+  return exists
+    ? `No hosts in ${origin}: add them under "hosts"`
+    : `There is no ${origin} here: create it, name another with --config` + hint("RINGRIFT_HOSTS_CONFIG", " or with");
+}
+
+/** Names a variable that would have decided, with the flag if it may not be read. */
+function hint(variable: string, words: string): string {
+  const { state } = Deno.permissions.querySync({ name: "env", variable });
+  return `${words} ${variable}${state === "granted" ? "" : ` (--allow-env=${variable} lets it be read)`}`;
+}
+
+/** Which filter left nothing, and what there was to choose from. */
+function emptySelection({ flags, words, inventory: { nodes, origin } }: Call): string {
+  const head = `No node is selected in ${origin}`;
+  let left = selectNodes(nodes, selectionOf({ words, flags: { all: true } }));
+  for (const option of ["role", "gpu", "status", "where", "exclude"] as const) {
+    const next = selectNodes(left, selectionOf({ words: [], flags: { [option]: flags[option], all: true } }));
+    const given = flags[option]?.map((value) => typeof value === "string" ? value : value.join("="));
+    const key = option === "where" ? flags.where?.[0]?.[0] ?? option : option;
+    if (next.length === 0) return `${head}: --${option} ${given} leaves none of ${left.length}${choices(left, key)}`;
+    left = next;
+  }
+  return `${head}: none of ${left.length} is active${choices(left, "status")}; --all adds them`;
+}
+
+/** `; gpu is one of H100, A100` */
+function choices(nodes: readonly ClusterNode[], key: string): string {
+  const texts = [...new Set(nodes.flatMap(({ entry }) => entry[key] ?? []).map(String))].filter((text) => text !== "");
+  if (texts.length === 0) return key === "exclude" ? "" : `; no node sets ${key}`;
+  return `; ${key} is ${texts.length > 1 ? "one of " : ""}${texts.slice(0, 12).join(", ")}${texts[12] ? ", …" : ""}`;
+}
+
+function sweepOptions({ flags, signal }: Call): SweepOptions {
+  const { timeout: timeoutMs, concurrency, port, path, tcp } = flags;
+  return { timeoutMs, concurrency, port, path, check: tcp ? "tcp" : "http", signal };
+}
+
+function minUpOf({ flags }: Call, nodes: readonly ClusterNode[]): number {
+  const minUp = flags["min-up"]?.(nodes.length) ?? nodes.length;
+  if (minUp > nodes.length) throw new Error(`--min-up ${minUp}, but only ${nodes.length} nodes are selected`);
+  return minUp;
+}
+
+const STATUS: Command = {
+  name: "status",
+  summary: "check the nodes in parallel, problems first",
+  usage: "[NODE...] [options]",
+  options: [...SELECTION, ...SWEEP, "tcp", "path", "min-up", "only", "gather", "names", "watch", "interval", ...COMMON],
+  help: { interval: `with --watch, between checks (default: ${showDuration(DEFAULTS.watchIntervalMs)})` },
+  notes: "Exit code 0: every selected node is up, or --min-up of them; 1: they are not;\n2: a node could not be " +
+    "checked. What is shown (--only) changes nothing of that.",
+  examples: ["cluster-hosts status 'gpu-[1-8]' --role worker --watch", "cluster-hosts status --only problems --names"],
+  needs: async (call) => ({
+    net: (await statusNodes(call)).flatMap((node) => dataEndpoints(node, call.flags.port)),
+    env: call.inventory.nodes.length === 0 ? ["RINGRIFT_COORDINATOR_IP"] : [],
+  }),
+  async run(call) {
+    const { flags, io, inventory: { origin } } = call;
+    if (flags.interval && !flags.watch) throw new Error("--interval goes with --watch");
+    const nodes = await statusNodes(call);
+    const minUp = minUpOf(call, nodes);
+    if (flags.watch) return await new Watch(call, nodes).run();
+    const started = performance.now();
+    const known = new Map<ClusterNode, NodeProbe>();
+    const line = liveLine(call, () => `checked ${known.size}/${nodes.length}, ${elapsed(started)}`);
+    const onProbe = (probe: NodeProbe) => void known.set(probe.node, probe);
+    const interrupt = await interruptOf(probeNodes(nodes, { ...sweepOptions(call), onProbe }), line);
+    const probes = nodes.map((node) => known.get(node)).filter((probe) => probe !== undefined);
+    const denied = deniedMessage(probes);
+    showProbes(call, probes, nodes.length, ` in ${seconds(started)}, ${origin}`);
+    if (denied) warn(io, denied);
+    if (interrupt) warn(io, `Interrupted: ${probes.length} of ${nodes.length} nodes were checked`);
+    if (interrupt) throw interrupt;
+    const { up, unknown } = countStates(probes);
+    return up >= minUp ? 0 : unknown > 0 ? 2 : 1;
+  },
+};
+
+/** The nodes to check. Without an inventory, the one address that the environment names. */
+async function statusNodes(call: Call): Promise<ClusterNode[]> {
+  const { inventory: { nodes, config } } = call;
+  if (nodes.length > 0) return select(call);
+  const address = await getCoordinatorAddress(config);
+  if (!address) throw new Error(emptyInventory(call) + hint("RINGRIFT_COORDINATOR_IP", ", or set"));
+  const { coordinator: name } = await getEloSyncConfig(config);
+  const { hostname: tailscaleIp, port: dataServerPort } = address;
+  return [new ClusterNode({ name, role: "coordinator", tailscaleIp, dataServerPort })];
+}
+
+/** The signal that ended the work: what is known by then is shown before the command ends. */
+async function interruptOf(work: Promise<unknown>, line?: Disposable): Promise<Interrupt | undefined> {
+  using _line = line;
+  try {
+    await work;
+  } catch (error) {
+    if (error instanceof Interrupt) return error;
+    throw error;
+  }
+}
+
+/** Which flag lets every node be checked. Throws if none of them may be. */
+function deniedMessage(probes: readonly NodeProbe[]): string | undefined {
+  const flag = missingNetFlag(probes);
+  const message = flag && `Requires net access: run again with ${flag}`;
+  if (message && probes.every(({ failure }) => failure?.code === "denied")) throw new Error(message);
+  return message;
+}
+
+function showProbes(call: Call, probes: readonly NodeProbe[], total: number, about: string): void {
+  const { flags, io } = call;
+  const shown = probes.filter(({ state }) => flags.only?.includes(state) ?? true);
+  const summary = summaryOf(probes, total) + about;
+  if (flags.json) {
+    const counts = { total, checked: probes.length, ...countStates(probes) };
+    const head = { checkedAt: new Date().toISOString(), summary: counts };
+    io.out(jsonDocument(call, head, "nodes", shown.map(probeJson)));
+  } else if (flags.names) {
+    io.out(linesOf(shown.map(({ node }) => node.name)));
+    if (!flags.quiet) warn(io, summary);
+  } else {
+    const sorted = problemsFirst(flags.quiet && !flags.gather ? [] : shown);
+    if (flags.gather) io.out(table(io, ["NODES", "STATE", "REASON", "NAMES"], [], outcomeRows(sorted)));
+    else if (sorted.length > 0) io.out(table(io, STATUS_TITLES, STATUS_DROP, sorted.map(statusRow)));
+    if (probes.length > 0 && !flags.quiet) io.out(`${sorted.length > 0 ? "\n" : ""}${paragraph(io, summary)}`);
+  }
+}
+
+function problemsFirst(probes: readonly NodeProbe[]): NodeProbe[] {
+  return STATES.flatMap((state) => probes.filter((probe) => probe.state === state));
+}
+
+function countStates(probes: readonly NodeProbe[]): Record<NodeState, number> {
+  const counts = { down: 0, unhealthy: 0, unknown: 0, up: 0 };
+  for (const { state } of probes) counts[state]++;
+  return counts;
+}
+
+/** `7 of 9 nodes up, 2 down (1 refused, 1 timeout)` */
+function summaryOf(probes: readonly NodeProbe[], total: number): string {
+  const problems = STATES.slice(0, -1).map((state) => probes.filter((probe) => probe.state === state));
+  return [
+    `${countStates(probes).up} of ${total} nodes up`,
+    ...problems.flatMap((some) => some[0] ? `${some.length} ${some[0].state} (${countReasons(some)})` : []),
+    ...(total > probes.length ? [`${total - probes.length} not checked`] : []),
+  ].join(", ");
+}
+
+function countReasons(probes: readonly NodeProbe[]): string {
+  const groups = Map.groupBy(probes, ({ failure }) => failure?.code ?? "other");
+  return [...groups].map(([code, { length }]) => `${length} ${code}`).join(", ");
+}
+
+function probeJson(probe: NodeProbe) {
+  // What is not known is null, so that every node has the same keys.
+  const { node, state, address = null, port, connectMs, responseMs, status = null, failure = null } = probe;
+  const { name, role, gpu } = node;
+  const ms = (value: number | undefined) => value === undefined ? null : Number(value.toFixed(2));
+  const times = { connectMs: ms(connectMs), responseMs: ms(responseMs) };
+  return { name, role, gpu, state, address, port, ...times, status, failure };
+}
+
+const STATUS_TITLES = ["NAME", "ROLE", "GPU", "ADDRESS", "LATENCY", "STATE", "VERSION", "GAMES", "REASON"];
+const STATUS_DROP = ["GAMES", "VERSION", "GPU", "ROLE", "ADDRESS", "LATENCY"];
+const STATE_COLOURS: Readonly<Record<NodeState, number>> = { up: 32, unhealthy: 33, down: 31, unknown: 35 };
+
+function statusRow(probe: NodeProbe): Cell[] {
+  const { node: { name, role, gpu }, state, address, connectMs, responseMs, status, failure, endpoints } = probe;
+  const { host, port } = probe.endpoint ?? endpoints[0] ?? { host: "", port: 0 };
+  const ms = responseMs ?? (failure ? undefined : connectMs);
+  const latency = ms === undefined ? "-" : `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
+  const scalar = (value: unknown) => /^(string|number)$/.test(typeof value) ? String(value).slice(0, 40) : "-";
+  const place: Cell = [host ? hostPort(host, port) : "-", address ? 0 : 2];
+  const facts = [scalar(status?.version), scalar(status?.game_count), reasonOf(failure)];
+  return [name, role, gpu || "-", place, latency, [state, STATE_COLOURS[state]], ...facts];
+}
+
+function reasonOf(failure: { readonly code: string; readonly message: string } | undefined): string {
+  return failure ? `${failure.code}: ${failure.message}` : "";
+}
+
+function outcomeRows(probes: readonly NodeProbe[]): Cell[][] {
+  const groups = Map.groupBy(probes, ({ state, failure }) => `${state} ${reasonOf(failure)}`);
+  return [...groups.values()].map((group) => {
+    const { state, failure } = group[0]!;
+    const names = foldNames(group.map(({ node }) => node.name));
+    return [String(group.length), [state, STATE_COLOURS[state]], reasonOf(failure) || "-", names];
+  });
+}
+
+/** Checks again and again, and follows the inventory as it is edited: a table in place, in a pipe the changes alone. */
+class Watch {
+  readonly seen = new Map<string, { readonly probe: NodeProbe; readonly sinceMs: number }>();
+  trouble: string | undefined;
+  /** Changes that are not printed yet: none is before a node is known that may be checked. */
+  changes: (() => void)[] = [];
+  mayCheck = false;
+
+  constructor(
+    readonly call: Call,
+    public nodes: readonly ClusterNode[],
+    public inventory: Inventory = call.inventory,
+    readonly intervalMs: number = call.flags.interval ?? DEFAULTS.watchIntervalMs,
+    readonly isLive = call.io.isTerminal && call.io.hasCursor && !call.flags.json && !call.flags.quiet,
+  ) {}
+
+  async run(): Promise<never> {
+    const { call: { signal, io }, intervalMs } = this;
+    const timer = this.isLive ? setInterval(() => this.#draw(), 200) : undefined;
+    const over = new AbortController();
+    try {
+      while (!signal.aborted) {
+        const edited = new AbortController();
+        const either = AbortSignal.any([signal, edited.signal, over.signal]);
+        const reading = this.#readUntilEdited(either).finally(() => edited.abort());
+        const options = { ...sweepOptions(this.call), intervalMs, signal: either };
+        for await (const probe of watchNodes(this.nodes, options)) this.#note(probe);
+        const next = await reading;
+        if (next !== this.inventory) this.#follow(next);
+      }
+    } finally {
+      clearInterval(timer);
+      over.abort();
+      // Below the ^C that the terminal writes.
+      if (this.isLive) io.out("\n");
+    }
+    throw signal.reason;
+  }
+
+  /** The inventory when it is another one, and sound; or as it is when the signal aborts. */
+  async #readUntilEdited(signal: AbortSignal): Promise<Inventory> {
+    for (;;) {
+      await delay(this.intervalMs, { signal }).catch(() => {});
+      if (signal.aborted) return this.inventory;
+      // What stdin gave does not change.
+      if (this.call.flags.config === "-") continue;
+      try {
+        const source = await readInventory({ ...this.call, signal });
+        if (source.text !== this.inventory.text) return await parseInventory(source);
+        this.trouble = undefined;
+      } catch (error) {
+        // A broken edit must not end a watch: the last sound inventory stays, and the fault is told once.
+        const message = messageOf(error);
+        if (!signal.aborted && message !== this.trouble && !this.isLive) warn(this.call.io, message);
+        this.trouble = message;
+      }
+    }
+  }
+
+  /** Goes on with the nodes of the edited inventory, and says which have left. */
+  #follow(inventory: Inventory): void {
+    const { nodes } = this.inventory = inventory;
+    const watched = new Set(this.nodes.map(nameOf));
+    try {
+      this.nodes = selectNodes(nodes, selectionOf(this.call));
+    } catch (error) {
+      if (!(error instanceof RangeError)) throw error;
+      // A pattern matches nothing any more: the nodes that are left stay.
+      this.nodes = nodes.filter(({ name }) => watched.has(name));
+    }
+    for (const name of watched.difference(new Set(this.nodes.map(nameOf)))) {
+      const probe = this.seen.get(name)?.probe;
+      this.seen.delete(name);
+      const state = nodes.some((node) => node.name === name && !node.isActive) ? "inactive" : "removed";
+      if (probe) this.#print(probe.state, { ...probe, failure: undefined }, state);
+    }
+    this.trouble = undefined;
+  }
+
+  #note(probe: NodeProbe): void {
+    const { node: { name }, state, failure } = probe;
+    const seen = this.seen.get(name);
+    const hasChanged = seen?.probe.state !== state;
+    this.seen.set(name, { probe, sinceMs: hasChanged ? performance.now() : seen!.sinceMs });
+    if (hasChanged) this.changes.push(() => this.#print(seen?.probe.state, probe, state));
+    this.mayCheck ||= failure?.code !== "denied";
+    if (this.mayCheck) this.changes.splice(0).forEach((print) => print());
+    else if (this.seen.size >= this.nodes.length) deniedMessage([...this.seen.values()].map(({ probe }) => probe));
+  }
+
+  #print(previous: NodeState | undefined, probe: NodeProbe, state: string): void {
+    const { io, flags: { only, json, quiet } } = this.call;
+    if (this.isLive || (quiet && !json) || (only && !only.some((it) => it === state || it === previous))) return;
+    const time = new Date().toISOString();
+    const why = probe.failure ? ` (${reasonOf(probe.failure)})` : "";
+    const change = `${probe.node.name}: ${previous ? `${previous} -> ` : ""}${state}${why}`;
+    const document = { ...jsonHead(this.call), time, previous: previous ?? null, ...probeJson(probe), state };
+    io.out(json ? `${toJson(document)}\n` : `${time} ${escapeText(change)}\n`);
+  }
+
+  #draw(): void {
+    const { io, flags: { only }, inventory: { origin } } = this.call;
+    const rows = io.size().rows;
+    // The end of a full line would be erased with what stands behind it.
+    const columns = io.size().columns - 1;
+    const probes = this.nodes.flatMap(({ name }) => this.seen.get(name)?.probe ?? []);
+    const summary = `${new Date().toTimeString().slice(0, 8)}  ${summaryOf(probes, this.nodes.length)}`;
+    const about = `every ${showDuration(this.intervalMs)}, Ctrl-C ends, ${origin}`;
+    const head = [[0, summary], [2, about], [31, this.trouble?.split("\n")[0]]] as const;
+    const lines = head.flatMap(([colour, text]) => text ? paint(io, colour, clip(escapeText(text), columns)) : []);
+    const shown = problemsFirst(probes).filter(({ state }) => only?.includes(state) ?? true);
+    // Less the header of the table, and the line in which the cursor stands.
+    const room = Math.max(1, rows - lines.length - 2);
+    const [fitting, rest] = [shown.slice(0, room - 1), shown.slice(room - 1)];
+    if (rest.length === 1) fitting.push(...rest.splice(0));
+    const since = ({ node }: NodeProbe) => elapsed(this.seen.get(node.name)!.sinceMs);
+    const drawn = fitting.map((probe): Cell[] => [since(probe), ...statusRow(probe)]);
+    const narrow = { ...io, size: () => ({ rows, columns }) };
+    lines.push(table(narrow, ["SINCE", ...STATUS_TITLES], [...STATUS_DROP, "SINCE"], drawn).trimEnd());
+    const counts = Object.entries(countStates(rest)).filter(([, number]) => number > 0);
+    const more = counts.map(([state, number]) => `${number} ${state}`).join(", ");
+    if (rest.length > 0) lines.push(clip(`… ${rest.length} more: ${more}`, columns));
+    // Line by line over the old picture, since clearing the screen first would flicker.
+    io.out(`\x1b[?7l\x1b[H${lines.join("\n").replaceAll("\n", "\x1b[K\n")}\x1b[K\n\x1b[J\x1b[?7h`);
+  }
+}
+
+const NODES: Command = {
+  name: "nodes",
+  summary: "list what is configured",
+  usage: "[NODE...] [options]",
+  options: [...SELECTION, "names", ...COMMON],
+  notes: "Exit code 0: listed; 2: no node is selected.",
+  examples: ["cluster-hosts nodes --gpu H100 --names", "cluster-hosts nodes --all --json | jq -r '.nodes[].name'"],
+  run(call) {
+    const { flags, io, inventory } = call;
+    const nodes = select(call);
+    if (flags.json) io.out(jsonDocument(call, {}, "nodes", nodes.map(nodeJson)));
+    else io.out(flags.names ? linesOf(nodes.map(nameOf)) : table(io, NODE_TITLES, NODE_DROP, nodes.map(nodeRow)));
+    const inactive = inventory.nodes.filter((node) => !node.isActive && !nodes.includes(node)).length;
+    const more = inactive > 0 && !flags.all ? ` (--all: ${inactive} inactive)` : "";
+    const summary = `${nodes.length} of ${inventory.nodes.length} nodes${more}, ${inventory.origin}`;
+    if (!flags.json && !flags.names && !flags.quiet) io.out(`\n${paragraph(io, summary)}`);
+    return Promise.resolve(0);
+  },
+};
+
+const NODE_TITLES = ["NAME", "ROLE", "STATUS", "GPU", "MEMORY", "CPUS", "ADDRESSES", "DATA", "SSH", "REASON"];
+const NODE_DROP = ["CPUS", "MEMORY", "SSH", "DATA", "GPU", "ROLE", "ADDRESSES"];
+
+function nodeRow(node: ClusterNode): Cell[] {
+  const { name, role, status, gpu, memoryGb, cpus, addresses, dataServerUrl, dataServerPort, sshUser, sshPort } = node;
+  const size = [memoryGb ? `${memoryGb} GB` : "-", cpus ? String(cpus) : "-"];
+  const places = [addresses.join(", ") || "-", dataServerUrl ?? String(dataServerPort), `${sshUser}:${sshPort}`];
+  return [name, role, [status, node.isActive ? 0 : 2], gpu || "-", ...size, ...places, node.reason ?? ""];
+}
+
+/** The fields, null if they are unset, and behind them the user's own keys as written. */
+function nodeJson(node: ClusterNode): Record<string, unknown> {
+  const { entry, ...fields } = node;
+  const { bestIp = null, addresses, dataServerBaseUrl = null, isActive } = node;
+  const known = Object.fromEntries(Object.entries(fields).map(([key, value]) => [key, value ?? null]));
+  const json = { ...known, bestIp, addresses, dataServerBaseUrl, isActive };
+  const fieldOf = (key: string) => key.replace(/_(\w)/g, (_, letter: string) => letter.toUpperCase());
+  return { ...json, ...Object.fromEntries(Object.entries(entry).filter(([key]) => !(fieldOf(key) in json))) };
+}
+
+const COORDINATOR: Command = {
+  name: "coordinator",
+  summary: "print HOST:PORT of the Elo database",
+  usage: "[options]",
+  options: ["config", ...COMMON],
+  notes: "The node that elo_sync.coordinator names, else $RINGRIFT_COORDINATOR_IP.",
+  examples: ["cluster-hosts coordinator", "cluster-hosts coordinator --config https://example.com/hosts.yaml"],
+  needs: async ({ inventory }) => ({
+    env: (await getCoordinatorNode(inventory.config))?.bestIp === undefined ? ["RINGRIFT_COORDINATOR_IP"] : [],
+  }),
+  async run(call) {
+    const { flags, io, inventory: { config, origin, exists } } = call;
+    const address = await getCoordinatorAddress(config);
+    const { coordinator } = await getEloSyncConfig(config);
+    const fault = `No coordinator: "${coordinator}" has no address in ${origin}: set elo_sync.coordinator`;
+    const advice = hint("RINGRIFT_COORDINATOR_IP", ", or set");
+    if (!address) throw new Error((exists ? fault : emptyInventory(call)) + advice);
+    const text = escapeText(hostPort(address.hostname, address.port));
+    io.out(`${flags.json ? toJson({ ...jsonHead(call), ...address }) : text}\n`);
+    return 0;
+  },
+};
+
+const URLS: Command = {
+  name: "urls",
+  summary: "print the URLs to pull data from, one a line",
+  usage: "elo|data|models [NODE...] [options]",
+  kinds: ["elo", "data", "models"],
+  options: [...SELECTION, ...SWEEP, "path", "include-self", "unchecked", ...COMMON],
+  help: {
+    path: "of the URLs (default: elo /db, models /models)",
+    port: `another port (default: elo sync_port, models ${MODEL_SYNC_PORT})`,
+  },
+  notes: "With --port or --path, the kind may be left out. What is checked is the status\npath, on the same port. " +
+    "Exit code 0: there is a URL; 1: there is none.",
+  examples: ["cluster-hosts urls elo | aria2c -i -", "cluster-hosts urls --port 9000 --path /games 'gpu-*'"],
+  async needs(call) {
+    const { flags, kind, inventory: { config: source } } = call;
+    const port = await urlPort(call);
+    const endpoints = flags.unchecked ? [] : select(call).map((node) => dataEndpoints(node, port));
+    if (kind !== "data" || flags["include-self"]) return { net: endpoints.flat() };
+    const others = await getDataSyncUrls({ source, selection: selectionOf(call), reachableOnly: false });
+    const net = endpoints.filter(([first]) => first && others.includes(endpointUrl(first))).flat();
+    return { net, env: ["RINGRIFT_NODE_ID"], sys: ["hostname", "networkInterfaces"] };
+  },
+  async run(call) {
+    const { flags, io, inventory: { origin } } = call;
+    const port = await urlPort(call);
+    const nodes = select(call);
+    const probes: NodeProbe[] = [];
+    const urls = await findUrls(call, port, nodes, probes);
+    io.out(flags.json ? jsonDocument(call, {}, "urls", urls) : linesOf(urls));
+    const failed = probes.filter(({ state }) => state !== "up");
+    const command = `cluster-hosts status${port === undefined ? "" : ` --port ${port}`}`;
+    const why = failed.length > 0 ? ` (${countReasons(failed)}; ${command} shows which)` : "";
+    const others = nodes.length - probes.length;
+    const self = others > 0 ? `, ${others} left out as this host (--include-self)` : "";
+    const answered = `${probes.length - failed.length} of ${probes.length} nodes answered${why}${self}`;
+    const summary = flags.unchecked ? `${urls.length} URLs, not checked` : answered;
+    if (!flags.quiet && !flags.json) warn(io, `${summary}, ${origin}`);
+    return urls.length > 0 ? 0 : 1;
+  },
+};
+
+/** The port that is checked; undefined is that of each data server. */
+async function urlPort({ kind, flags: { port, path }, inventory }: Call): Promise<number | undefined> {
+  if (kind === "data" && (port !== undefined || path !== undefined)) {
+    throw new Error("urls data takes each node's own port and URL: leave out data, or --port and --path");
+  }
+  if (kind === "data" || port !== undefined) return port;
+  if (kind === "elo") return (await getEloSyncConfig(inventory.config)).syncPort;
+  return kind === "models" ? MODEL_SYNC_PORT : DATA_SYNC_PORT;
+}
+
+async function findUrls(call: Call, port: number | undefined, nodes: readonly ClusterNode[], probes: NodeProbe[]) {
+  const { kind, flags, inventory: { config: source } } = call;
+  const { check: _, path = kind === "models" ? "/models" : undefined, ...sweep } = sweepOptions(call);
+  using _line = liveLine(call, () => `checked ${probes.length}/${nodes.length}`);
+  const onProbe = (probe: NodeProbe) => void probes.push(probe);
+  const options = { ...sweep, source, selection: selectionOf(call), reachableOnly: !flags.unchecked, onProbe };
+  if (kind === "data") return await getDataSyncUrls({ ...options, excludeSelf: !flags["include-self"] });
+  return await getSyncUrls({ ...options, port, path });
+}
+
+const SSH_OPTIONS = ["user", "connect-timeout", "ssh-option", "gather", "cd", "stdin", "dry-run"] as const;
+
+const SSH: Command = {
+  name: "ssh",
+  summary: "run a command on many nodes at once, or log in to one",
+  usage: "NODE... [options] [-- COMMAND]",
+  options: [...SELECTION, "timeout", "concurrency", ...SSH_OPTIONS, ...COMMON],
+  help: {
+    timeout: `deadline of each command (default: ${showDuration(DEFAULTS.commandTimeoutMs)})`,
+    concurrency: `how many nodes at once (default: ${DEFAULTS.commandConcurrency})`,
+    gather: "each distinct output once (default: as lines come)",
+  },
+  notes: "It wants a NODE or --role, --gpu, --status, --where; '*' is every active node.\nWithout a command: a login " +
+    "on one NODE. Exit code 0: the command returned 0 on\nevery node; 1: it did not.",
+  examples: ["cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L", "cluster-hosts ssh gpu-1 --stdin -- sh < setup.sh"],
+  // Several endpoints are raced before ssh starts, unless an option leads elsewhere.
+  needs(call) {
+    const isElsewhere = /^(ProxyJump|ProxyCommand|HostName|Port)=/im.test(call.flags["ssh-option"]?.join("\n") ?? "");
+    const raced = isElsewhere ? [] : select(call).map(sshEndpoints).filter(({ length }) => length > 1);
+    return Promise.resolve({ run: ["ssh"], net: raced.flat() });
+  },
+  async run(call) {
+    const { flags, remote, io, signal, inventory: { origin } } = call;
+    const nodes = sshNodes(call);
+    if (!remote) return await login(call, nodes);
+    const commandOf = (node: ClusterNode) => flags.cd ? inFolder(node, remote) : remote;
+    if (flags["dry-run"]) return printCommands(call, nodes, commandOf);
+    const stdin = flags.stdin ? await readStdin(call) : undefined;
+    const known = new Map<ClusterNode, CommandResult>();
+    const print = flags.json || flags.gather ? undefined : linePrinter(io);
+    const times = { timeoutMs: flags.timeout, concurrency: flags.concurrency, stdin, signal };
+    const onResult = (result: CommandResult) => {
+      known.set(result.node, result);
+      for (const stream of ["stdout", "stderr"] as const) print?.(result.node, stream);
+    };
+    const options = { ...sshOptions(call), ...times, onOutput: print, onResult };
+    const interrupt = await interruptOf(runOnNodes(nodes, commandOf, options));
+    const results = nodes.map((node) => known.get(node)).filter((result) => result !== undefined);
+    const items = results.map(({ node: { name }, failure = null, ...result }) => ({ name, ...result, failure }));
+    if (flags.json) io.out(jsonDocument(call, {}, "nodes", items));
+    else if (flags.gather) io.out(gathered(io, results));
+    // The summary stands below the ^C that the terminal writes.
+    if (interrupt && io.isErrTerminal) io.err("\n");
+    if (!flags.quiet) warn(io, commandSummary(results, nodes.length, origin));
+    if (interrupt) throw interrupt;
+    return results.every(({ failure }) => !failure) ? 0 : 1;
+  },
+};
+
+const SSH_USAGE = 'a command stands behind "--": cluster-hosts ssh gpu-1 -- uptime';
+
+/** A shell without a script: without stdin it ends at once, and says that all is well. */
+const BARE_SHELL = /^\s*(sudo\s+)?(\S*\/)?(ba|da|k|z)?sh(\s+(--\S+|-[abd-z]+))*(\s+-[abd-z]*s.*)?\s*$/s;
+
+function sshOptions({ flags }: Call): SshOptions {
+  return { user: flags.user, connectTimeoutMs: flags["connect-timeout"], options: flags["ssh-option"] };
+}
+
+/** The nodes to run on, after all that speaks against running. */
+function sshNodes(call: Call): ClusterNode[] {
+  const { words, remote, flags: { role, gpu, status, where, stdin } } = call;
+  const command = remote?.join(" ").trim();
+  if (command === "") throw new Error(`There is no command; ${SSH_USAGE}`);
+  if (!stdin && BARE_SHELL.test(command ?? "")) {
+    throw new Error(`"${command}" alone runs nothing: add --stdin, and give it the script on stdin`);
+  }
+  // So that an empty $(...) never means every node.
+  if (words.length === 0 && !role && !gpu && !status && !where) {
+    throw new Error("ssh needs a NODE, or --role, --gpu, --status or --where; '*' is every active node");
+  }
+  // Whoever forgets "--" gives the command as a NODE.
+  if (!remote && words.length > 1) throw new Error(`A login takes one NODE, not ${words.length}; ${SSH_USAGE}`);
+  return select(call);
+}
+
+/** The command in the node's `ringrift_path`, whose tilde is the remote shell's. */
+function inFolder({ ringriftPath }: ClusterNode, remote: readonly string[]): string[] {
+  const [, home = "", rest = ""] = /^(~[\w.-]*(?:\/|$))?(.*)$/s.exec(ringriftPath) ?? [];
+  const folder = home + (rest === "" ? "" : shellQuote(rest));
+  // Else what stands behind a ";" would run in the wrong folder if there is no such one.
+  const command = /[;&|\n#]/.test(remote.join(" ")) ? ["eval", shellQuote(remote.join(" "))] : remote;
+  return ["cd", folder, "&&", ...command];
+}
+
+function printCommands(call: Call, nodes: readonly ClusterNode[], commandOf: (node: ClusterNode) => readonly string[]) {
+  const [reachable, missing] = [nodes.filter((node) => node.bestIp), nodes.filter((node) => !node.bestIp)];
+  const commands = reachable.map((node) => sshCommand(node, commandOf(node), sshOptions(call)));
+  call.io.out(commands.map((command) => `${escapeLines(command.map(shellQuote).join(" "))}\n`).join(""));
+  if (missing.length > 0) warn(call.io, `${foldNames(missing.map(nameOf))}: no-address: set tailscale_ip or ssh_host`);
+  return missing.length > 0 ? 1 : 0;
+}
+
+/** ssh itself with the terminal, and nothing of ours in between. */
+async function login(call: Call, nodes: readonly ClusterNode[]): Promise<number> {
+  const { flags, signal } = call;
+  const [node] = nodes;
+  if (!node || nodes.length > 1) throw new Error(`A login takes one node, not ${nodes.length}; ${SSH_USAGE}`);
+  const extra = ["gather", "json", "cd", "stdin", "dry-run", "timeout", "concurrency"].find((name) => name in flags);
+  if (extra) throw new Error(`--${extra} goes with a command; ${SSH_USAGE}`);
+  const options = { ...sshOptions(call), options: ["BatchMode=no", ...flags["ssh-option"] ?? []] };
+  const endpoint = await findSshEndpoint(node, { ...options, signal });
+  const [program, ...args] = sshCommand(node, [], { ...options, endpoint });
+  const child = new Deno.Command(program, { args, stdin: "inherit", stdout: "inherit", stderr: "inherit" }).spawn();
+  const onAbort = () => child.kill(messageOf(signal.reason) as Deno.Signal);
+  signal.addEventListener("abort", onAbort);
+  const { code } = await child.status;
+  signal.removeEventListener("abort", onAbort);
+  signal.throwIfAborted();
+  return code;
+}
+
+/** Writes each line as soon as it is whole, under the name of its node; without a text, the last line as it is. */
+function linePrinter(io: Io) {
+  const rests = new Map<string, string>();
+  return ({ name }: ClusterNode, stream: "stdout" | "stderr", text?: string) => {
+    const key = `${stream} ${name}`;
+    const rest = rests.get(key) ?? "";
+    const whole = rest + (text ?? (rest && "\n"));
+    // A line without an end must not fill the memory.
+    const end = whole.length > 1024 * 1024 ? whole.length : whole.lastIndexOf("\n");
+    rests.set(key, whole.slice(end + 1));
+    const lines = end < 0 ? [] : escapeLines(whole.slice(0, end)).split("\n");
+    (stream === "stdout" ? io.out : io.err)(lines.map((line) => `${escapeText(name)}: ${line}\n`).join(""));
+  };
+}
+
+function gathered(io: Io, results: readonly CommandResult[]): string {
+  const outcome = ({ exitCode, signal, failure, stdout, stderr }: CommandResult) =>
+    JSON.stringify([exitCode, signal, failure?.code, stdout, stderr]);
+  return [...Map.groupBy(results, outcome).values()].map((group) => {
+    const { stdout, stderr, failure, truncated } = group[0]!;
+    const names = foldNames(group.map(({ node }) => node.name));
+    const head = `${names}${group.length > 1 ? ` (${group.length})` : ""}${failure ? `: ${reasonOf(failure)}` : ""}`;
+    const texts = [stdout, stderr, truncated ? "[cut at 1 MiB]" : ""];
+    const output = texts.map((text) => text.replace(/[^\n]$/, "$&\n")).join("");
+    return `${paint(io, 1, `--- ${escapeText(head)}`)}\n${escapeLines(output)}`;
+  }).join("");
+}
+
+function commandSummary(results: readonly CommandResult[], total: number, origin: string): string {
+  const failed = results.filter(({ failure }) => failure);
+  let groups = Map.groupBy(failed, ({ failure }) => reasonOf(failure));
+  // Each address has a message of its own: past a few, only what they have in common can be read.
+  if (groups.size > 5) groups = Map.groupBy(failed, ({ failure }) => failure!.code);
+  return [
+    `${results.length - failed.length} of ${total} returned 0, ${origin}`,
+    ...[...groups].map(([reason, group]) => `${foldNames(group.map(({ node }) => node.name))}: ${reason}`),
+    ...(results.length < total ? [`${total - results.length} not started`] : []),
+  ].join("; ");
+}
+
+const WAIT: Command = {
+  name: "wait",
+  summary: "return when the nodes are up, or the time is over",
+  usage: "[NODE...] [options]",
+  options: [...SELECTION, ...SWEEP, "interval", "min-up", "tcp", "path", ...COMMON],
+  help: {
+    timeout: `for all of it (default: ${showDuration(DEFAULTS.waitDeadlineMs)})`,
+    interval: `between two checks of a node (default: ${showDuration(DEFAULTS.waitIntervalMs)})`,
+  },
+  notes: "Exit code 0: every selected node is up, or --min-up of them; 1: the time is\nover; 2: at once, if the " +
+    "nodes that may be checked cannot be enough.",
+  examples: ["cluster-hosts wait --timeout 10m", "cluster-hosts wait 'gpu-*' --min-up 75% --tcp --port 22"],
+  needs: (call) => Promise.resolve({ net: select(call).flatMap((node) => dataEndpoints(node, call.flags.port)) }),
+  async run(call) {
+    const { flags, io, inventory: { origin } } = call;
+    const nodes = select(call);
+    const minUp = minUpOf(call, nodes);
+    const started = performance.now();
+    const last = new Map<ClusterNode, NodeProbe>();
+    const line = liveLine(call, () => `waiting, ${elapsed(started)}, for ${foldMissing(nodes, last)}`);
+    const announced = new Set<ClusterNode>();
+    const onProbe = (probe: NodeProbe) => {
+      last.set(probe.node, probe);
+      if (probe.state !== "up" || announced.has(probe.node) || flags.quiet || flags.json) return;
+      announced.add(probe.node);
+      line.hide();
+      io.out(`${escapeText(probe.node.name)} up after ${seconds(started)}\n`);
+    };
+    const times = { timeoutMs: undefined, intervalMs: flags.interval, deadlineMs: flags.timeout };
+    const interrupt = await interruptOf(waitForNodes(nodes, { ...sweepOptions(call), ...times, minUp, onProbe }), line);
+    const up = nodes.filter((node) => last.get(node)?.state === "up").map(nameOf);
+    const time = seconds(started);
+    if (flags.json) {
+      const missing = nodes.filter((node) => last.get(node)?.state !== "up");
+      const items = missing.map((node) => ({ name: node.name, failure: last.get(node)?.failure ?? null }));
+      io.out(jsonDocument(call, { waitedMs: Math.round(performance.now() - started), up }, "missing", items));
+    } else if (!flags.quiet) {
+      warn(io, `${up.length} of ${nodes.length} nodes up after ${time}, ${origin}`);
+      if (up.length < minUp) warn(io, `Still missing after ${time}: ${foldMissing(nodes, last)}`);
+    }
+    if (interrupt) throw interrupt;
+    return up.length >= minUp ? 0 : 1;
+  },
+};
+
+/** `gpu-[1-2000] (refused), head (timeout)` */
+function foldMissing(nodes: readonly ClusterNode[], last: ReadonlyMap<ClusterNode, NodeProbe>): string {
+  const missing = nodes.filter((node) => last.get(node)?.state !== "up");
+  const groups = Map.groupBy(missing, (node) => last.get(node)?.failure?.code ?? "no answer yet");
+  return [...groups].map(([code, nodes]) => `${foldNames(nodes.map(nameOf))} (${code})`).join(", ");
+}
+
+const VALIDATE: Command = {
+  name: "validate",
+  summary: "list every problem and every warning in the inventory",
+  usage: "[options]",
+  options: ["config", "strict", ...COMMON],
+  notes: "Exit code 0: no problem (--strict: and no warning); 2: there is one.",
+  examples: ["cluster-hosts validate", "cluster-hosts validate --strict --config new_hosts.yaml"],
+  async run(call) {
+    const { flags, io } = call;
+    const { origin, errors, warnings } = await findProblems(call);
+    const told = warnings.map((warning) => ({ ...warning, message: `warning: ${warning.message}` }));
+    const lines = [...errors, ...told].map((problem) => formatConfigProblem(problem, origin));
+    const count = (number: number, word: string) => `${number || "no"} ${word}${number === 1 ? "" : "s"}`;
+    // Behind a problem, warnings are not looked for.
+    const found = count(errors.length, "problem") + (errors.length > 0 ? "" : `, ${count(told.length, "warning")}`);
+    if (flags.json) io.out(`${toJson({ ...jsonHead(call, origin), errors, warnings })}\n`);
+    else io.out(linesOf(flags.quiet ? lines : [...lines, `${found}, ${origin}`]));
+    return errors.length > 0 || (flags.strict && warnings.length > 0) ? 2 : 0;
+  },
+};
+
+async function findProblems(call: Call) {
+  try {
+    const { text, origin, exists } = await readInventory(call);
+    if (!exists) return { origin, errors: [{ path: "", message: "there is no such file" }], warnings: [] };
+    const { problems: errors, warnings } = validateHostsConfig(text);
+    return { origin, errors, warnings };
+  } catch (error) {
+    if (!(error instanceof HostsConfigError)) throw error;
+    const origin = call.flags.config ?? readVariable("RINGRIFT_HOSTS_CONFIG") ?? DEFAULT_CONFIG_PATH;
+    return { origin, errors: error.problems, warnings: [] };
+  }
+}
+
+const EXPORT: Command = {
+  name: "export",
+  summary: "print the inventory for Ansible, Prometheus or ssh",
+  usage: "ansible|prometheus|ssh-config [NODE...] [options]",
+  kinds: ["ansible", "prometheus", "ssh-config"],
+  options: [...SELECTION, "port", "path", "list", "help"],
+  help: { path: "prometheus: this path (default: each status_path)" },
+  notes: "A Prometheus target is HOST:PORT; its __param_target is the whole URL that is\nchecked. Exit code 0: " +
+    "printed; 2: a node cannot be named in that format.",
+  examples: ["cluster-hosts export prometheus > targets.json", "cluster-hosts export ssh-config > ~/.ssh/cluster"],
+  run(call) {
+    const { kind, flags, io } = call;
+    if (kind !== "ansible" && flags.list) throw new Error("--list is for export ansible");
+    const isTarget = flags.port !== undefined || flags.path !== undefined;
+    if (kind !== "prometheus" && isTarget) throw new Error("--port and --path are for export prometheus");
+    const formats = { ansible: ansibleInventory, prometheus: prometheusTargets, "ssh-config": sshConfig };
+    io.out(formats[kind as keyof typeof formats](select(call), call));
+    return Promise.resolve(0);
+  },
+};
+
+function ansibleInventory(nodes: readonly ClusterNode[]): string {
+  const labels = nodes.flatMap((node) =>
+    (["role", "status", "gpu"] as const).filter((kind) => node[kind] !== "").map((kind) => ({
+      group: `${kind}_${node[kind]}`.replace(/[^A-Za-z0-9_]/g, "_"),
+      label: `${kind} "${node[kind]}"`,
+      host: node.name,
+    }))
+  );
+  const groups = Map.groupBy(labels, ({ group }) => group);
+  for (const [group, members] of groups) {
+    const [first, second] = new Set(members.map(({ label }) => label));
+    if (second) throw new Error(`Cannot name the Ansible groups: ${first} and ${second} would both be ${group}`);
+  }
+  const inventory = {
+    _meta: { hostvars: Object.fromEntries(nodes.map((node) => [node.name, ansibleVariables(node)])) },
+    all: { children: ["ungrouped", ...groups.keys()] },
+    ...Object.fromEntries([...groups].map(([name, list]) => [name, { hosts: list.map(({ host }) => host) }])),
+  };
+  return `${toJson(inventory, 2)}\n`;
+}
+
+function ansibleVariables(node: ClusterNode): Record<string, unknown> {
+  const { host: ansible_host, port: ansible_port } = sshEndpoints(node)[0] ?? {};
+  const { sshUser: ansible_user, sshKey: ansible_ssh_private_key_file, entry } = node;
+  return { ansible_host, ansible_user, ansible_port, ansible_ssh_private_key_file, ...entry };
+}
+
+function prometheusTargets(nodes: readonly ClusterNode[], { flags: { port, path }, io }: Call): string {
+  const missing = nodes.filter((node) => dataEndpoints(node, port).length === 0);
+  if (missing.length > 0) warn(io, `${foldNames(missing.map(nameOf))}: left out, without an address`);
+  const targets = nodes.flatMap((node) => {
+    const { name, role, status, gpu } = node;
+    const pathname = statusPath(node, { port, path });
+    return dataEndpoints(node, port).slice(0, 1).map((endpoint) => ({
+      targets: [hostPort(endpoint.host, endpoint.port)],
+      labels: { node: name, role, status, gpu, __param_target: endpointUrl(endpoint, pathname) },
+    }));
+  });
+  return `${toJson(targets, 2)}\n`;
+}
+
+function sshConfig(nodes: readonly ClusterNode[]): string {
+  // What ssh takes for a pattern or a comment, or refuses as a host name.
+  const unusable = nodes.filter(({ name }) => /^-|[\s*?!#,'"`$\\;&<>|(){}]/.test(name) || escapeText(name) !== name);
+  if (unusable.length > 0) {
+    const names = unusable.map(({ name }) => JSON.stringify(name)).join(", ");
+    throw new Error(`Cannot be a Host of ssh_config: ${names}; rename them, or leave them out with --exclude`);
+  }
+  const quoted = (text: string) => /^[\w.:@~/+-]+$/.test(text) ? text : `"${text.replaceAll("\\", "\\\\")}"`;
+  return nodes.map((node) => {
+    const [endpoint] = sshEndpoints(node);
+    if (!endpoint) return `# ${node.name}: no address\n`;
+    const key = node.sshKey ? `  IdentityFile ${quoted(node.sshKey)}\n` : "";
+    const target = `  HostName ${endpoint.host}\n  User ${quoted(node.sshUser)}\n  Port ${endpoint.port}\n`;
+    return `Host ${quoted(node.name)}\n${target}${key}`;
+  }).join("\n");
+}
+
+const PERMISSIONS: Command = {
+  name: "permissions",
+  summary: "print the minimum Deno flags with which a command runs",
+  usage: "COMMAND [its arguments]",
+  options: ["config", "help"],
+  notes: "For this inventory, on one line, as `deno run $(...) URL COMMAND` takes it.",
+  examples: ["cluster-hosts permissions status", "cluster-hosts permissions wait 'gpu-*' --port 22"],
+  async run(call) {
+    const { io, words: [name, ...words] } = call;
+    if (name === undefined) throw new Error("permissions needs a command: cluster-hosts permissions status");
+    const command = findCommand(name, words);
+    const asked = takeKind({ ...call, words }, command);
+    const reading = await readingNeeds(asked, command);
+    const { net = [], env = [], sys = [], run = [] } = await command.needs?.(asked) ?? {};
+    const endpoints = [...reading.net, ...net];
+    const lists = [["read", reading.read], ["env", [...reading.env, ...env]], ["sys", sys], ["run", run]] as const;
+    const flags = lists.map(([kind, list]) => list.length > 0 ? `--allow-${kind}=${list}` : "");
+    flags.splice(1, 0, endpoints.length > 0 ? netFlag(endpoints) : "");
+    const isWide = flags.includes("--allow-net");
+    if (isWide) warn(io, `${endpoints.length} endpoints do not fit into one flag: --allow-net permits every host`);
+    io.out(`${flags.filter((flag) => flag !== "").join(" ")}\n`);
+    return 0;
+  },
+};
+
+/** What reading the inventory takes. */
+async function readingNeeds({ flags, inventory: { config, origin } }: Call, command: Command) {
+  const isUnified = command !== VALIDATE && await readsUnifiedConfig(config);
+  const env = [...(flags.config ? [] : ["RINGRIFT_HOSTS_CONFIG"]), ...(isUnified ? ["RINGRIFT_CONFIG_PATH"] : [])];
+  const unified = isUnified ? readVariable("RINGRIFT_CONFIG_PATH") : undefined;
+  const isUrl = /^https?:/i.test(origin);
+  const net = isUrl ? dataEndpoints(new ClusterNode({ name: "-", dataServerUrl: new URL(origin).origin })) : [];
+  const path = /^file:/i.test(origin) ? decodeURIComponent(new URL(origin).pathname) : origin;
+  const read = [...(isUrl || flags.config === "-" ? [] : [path]), ...(unified ? [unified] : [])];
+  const split = read.find((path) => /[\s,'"$`\\*?[]/.test(path));
+  if (split !== undefined) throw new Error(`Cannot print a flag for ${JSON.stringify(split)}: a shell would split it`);
+  return { read, net, env };
+}
+
+const COMMANDS: readonly Command[] = [STATUS, NODES, COORDINATOR, URLS, SSH, WAIT, VALIDATE, EXPORT, PERMISSIONS];
+
+type Cell = string | readonly [text: string, colour: number];
+
+/** The columns that can be cut, and to what width. One that is cut still counts as readable at 30. */
+const CUTTABLE: Readonly<Record<string, number>> = { NAME: 10, REASON: 16, NAMES: 10 };
+const READABLE_WIDTH = 30;
+
+const RIGHT_ALIGNED = ["SINCE", "LATENCY", "GAMES", "MEMORY", "CPUS", "NODES"];
+
+/** On a terminal, each row is one line of it, if need be without the columns to drop; in a pipe, nothing is cut. */
+function table(io: Io, titles: readonly string[], drop: readonly string[], rows: readonly (readonly Cell[])[]): string {
+  const lines = [titles.map((title): Cell => [title, 1]), ...rows].map((row) =>
+    row.map((cell) => {
+      const [text, colour] = typeof cell === "string" ? [cell, 0] : cell;
+      return { text: escapeText(text).replaceAll("\t", " "), colour };
+    })
+  );
+  const natural = titles.map((_, at) => lines.reduce((most, row) => Math.max(most, textWidth(row[at]!.text)), 0));
+  const widths = io.isTerminal ? fitWidths(titles, drop, natural, io.size().columns) : natural;
+  return lines.map((row) => {
+    const cells = row.flatMap(({ text, colour }, index) => {
+      if (widths[index] === 0) return [];
+      const shown = clip(text, widths[index]!);
+      const padding = " ".repeat(widths[index]! - textWidth(shown));
+      const painted = paint(io, colour, shown);
+      return RIGHT_ALIGNED.includes(titles[index]!) ? padding + painted : painted + padding;
+    });
+    return `${cells.join("  ").trimEnd()}\n`;
+  }).join("");
+}
+
+/** The width of each column, 0 for those that are dropped. */
+function fitWidths(titles: readonly string[], drop: readonly string[], natural: readonly number[], room: number) {
+  const widths = [...natural];
+  const needed = (cut: number) =>
+    widths.reduce((sum, width, index) => {
+      const shown = titles[index]! in CUTTABLE ? Math.min(width, cut) : width;
+      return width === 0 ? sum : sum + 2 + shown;
+    }, -2);
+  for (const title of drop) if (needed(READABLE_WIDTH) > room) widths[titles.indexOf(title)] = 0;
+  // From the right: a reason can be guessed from its beginning, a name cannot.
+  for (const [index, title] of [...titles.entries()].reverse()) {
+    const least = Math.min(CUTTABLE[title] ?? Infinity, widths[index]!);
+    widths[index] = Math.max(least, widths[index]! - Math.max(0, needed(Infinity) - room));
+  }
+  return widths;
+}
+
+const PRINTABLE_ASCII = /^[\x20-\x7e]*$/;
+const WIDE = /[\p{Emoji_Presentation}\p{Script=Han}\p{Script=Hangul}\u3000-\u30ff\ufe0f\uff01-\uff60\uffe0-\uffe6]/u;
+const INVISIBLE = /^[\p{M}\p{Cf}]*$/u;
+
+function graphemes(text: string): string[] {
+  if (PRINTABLE_ASCII.test(text)) return text.split("");
+  return Array.from(new Intl.Segmenter().segment(text), ({ segment }) => segment);
+}
+
+function textWidth(text: string): number {
+  if (PRINTABLE_ASCII.test(text)) return text.length;
+  return graphemes(text).reduce((width, it) => width + (WIDE.test(it) ? 2 : INVISIBLE.test(it) ? 0 : 1), 0);
+}
+
+function clip(text: string, width: number): string {
+  if (textWidth(text) <= width) return text;
+  const kept = graphemes(text);
+  for (let room = width - 1 - textWidth(text); room < 0 && kept.length > 0;) room += textWidth(kept.pop()!);
+  return width > 0 ? `${kept.join("")}…` : "";
+}
+
+/** In a colour of SGR; 0 is none. */
+function paint(io: Io, colour: number, text: string): string {
+  return colour !== 0 && io.isTerminal && io.hasColour ? `\x1b[${colour}m${text}\x1b[0m` : text;
+}
+
+/** One line on a terminal's stderr that is drawn again and again, until it is hidden for a result or disposed of. */
+function liveLine({ io, flags }: Call, text: () => string): Disposable & { hide(): void } {
+  const isShown = !flags.quiet && io.isErrTerminal && io.hasCursor;
+  let shown = "";
+  const show = (next: string) => {
+    if (next !== shown) io.err(`\r${next}\x1b[K`);
+    shown = next;
+  };
+  // It leaves room for ^C.
+  const draw = () => show(clip(escapeText(text()), io.size().columns - 3));
+  if (isShown) draw();
+  const timer = isShown ? setInterval(draw, 250) : undefined;
+  const hide = () => show("");
+  return { hide, [Symbol.dispose]: () => (clearInterval(timer), hide()) };
+}
+
+const UNSAFE = /[\p{Cc}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/gu;
+
+/** Nothing that a node, a file or an error says may inject terminal escape sequences. */
+function escapeText(text: string): string {
+  if (PRINTABLE_ASCII.test(text)) return text;
+  return text.replace(UNSAFE, (it) => it === "\t" ? it : `\\u{${it.codePointAt(0)!.toString(16)}}`);
+}
+
+function escapeLines(text: string): string {
+  return text.split("\n").map((line) => escapeText(line.replace(/\r$/, ""))).join("\n");
+}
+
+function toJson(value: unknown, indent?: number): string {
+  // What JSON leaves as it is, a terminal may still obey.
+  const unsafe = /[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
+  const escape = (it: string) => `\\u${it.charCodeAt(0).toString(16).padStart(4, "0")}`;
+  return JSON.stringify(value, null, indent).replace(unsafe, escape);
+}
+
+/** One item a line: as good for `grep` and `diff` as for a parser. */
+function jsonDocument(call: Call, head: Record<string, unknown>, key: string, items: readonly unknown[]): string {
+  const lines = items.map((item) => `\n${toJson(item)}`).join(",");
+  return `${toJson({ ...jsonHead(call), ...head }).slice(0, -1)},"${key}":[${lines}${items.length > 0 ? "\n" : ""}]}\n`;
+}
+
+function jsonHead({ flags, inventory }: Call, origin = inventory.origin): Record<string, unknown> {
+  return { schemaVersion: 1, config: flags.config === "-" ? "-" : origin };
+}
+
+function shellQuote(text: string): string {
+  return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`;
+}
+
+function seconds(startedMs: number): string {
+  const ms = performance.now() - startedMs;
+  return `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 0)} s`;
+}
+
+function elapsed(startedMs: number): string {
+  const total = Math.floor((performance.now() - startedMs) / 1000);
+  if (total < 60) return `${total}s`;
+  return total < 3600 ? `${Math.floor(total / 60)}m` : `${Math.floor(total / 3600)}h`;
+}
+
+function paragraph(io: Io, text: string): string {
+  const line = linesOf([text]);
+  return io.isTerminal
+    ? line.replace(new RegExp(`(.{1,${io.size().columns}})(?: +|$)`, "gm"), "$1\n").trimEnd() + "\n"
+    : line;
+}
+
+function linesOf(texts: readonly string[]): string {
+  return texts.map((text) => `${escapeText(text)}\n`).join("");
+}
+
+function warn(io: Io, message: string): void {
+  io.err(linesOf(message.split("\n").map((line) => `cluster-hosts: ${line}`)));
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
 }
 
 if (import.meta.main) Deno.exit(await main(Deno.args));

@@ -1,122 +1,78 @@
 /**
  * Everything that a script needs to know about the hosts of a cluster, and whether they answer: one YAML inventory is
- * loaded and validated, its nodes are selected, swept in parallel over TCP or HTTP, and turned into URLs and ssh
- * commands.
+ * read and validated, its nodes are selected, checked in parallel over TCP or HTTP, and turned into URLs and into
+ * commands over ssh.
  *
- * Importing this module needs no permission. Each function names the ones that it uses; a permission that is missing
- * throws `Deno.errors.NotCapable` with the exact flag and never asks.
+ * Importing this module needs no permission. Each one is used at the moment that it is needed and never prompted for: a
+ * missing one throws `Deno.errors.NotCapable` with the exact flag, and a variable that may not be read counts as unset.
+ * An inventory that cannot be used throws {@linkcode HostsConfigError}; an option out of its range throws `RangeError`
+ * or `TypeError` before anything is contacted. A fault of one node never rejects a call. Durations are milliseconds.
  *
  * @module
  */
-import { delay } from "jsr:@std/async@^1.5.0/delay";
 import { parse } from "jsr:@std/yaml@^1.2.0/parse";
+
+// --- Constants ---
 
 /** The default port of the Elo ratings database. */
 export const ELO_SYNC_PORT = 8766;
-
 /** The default port of a node's data server. */
 export const DATA_SYNC_PORT = 8766;
-
 /** The default port of the model server. */
 export const MODEL_SYNC_PORT = 8765;
-
-/** Where the inventory is, under the working directory, when nothing else names one. */
+/** The inventory, under the working directory, if nothing else names one. */
 export const DEFAULT_CONFIG_PATH = "config/distributed_hosts.yaml";
 
-const DEFAULT_TIMEOUT_MS = 5000;
-const DEFAULT_CONCURRENCY = 1024;
+/** The defaults of timeouts, intervals and bounds, which the command line's help names too. */
+export const DEFAULTS = {
+  timeoutMs: 5000,
+  concurrency: 10_000,
+  watchIntervalMs: 5000,
+  waitIntervalMs: 2000,
+  waitDeadlineMs: 300_000,
+  commandTimeoutMs: 60_000,
+  commandConcurrency: 32,
+  connectTimeoutMs: 10_000,
+} as const;
 
-/** A node with a dead first address is found by its second one after this long; see {@linkcode probeNode}. */
-const NEXT_ADDRESS_MS = 1000;
-
-/** A sweep starts with so many checks at once, and doubles them at this interval until `concurrency`. */
-const FIRST_CONCURRENCY = 64;
-const MORE_CONCURRENCY_MS = 10;
-
-const MAX_CONFIG_BYTES = 256 * 1024 * 1024;
+/** The next endpoint of a node is tried if the one before has not answered by then, as in RFC 8305. */
+const FALLBACK_DELAY_MS = 250;
+/** A sweep starts with so many nodes under way, and has at most so many new ones in each interval. */
+const INITIAL_CONCURRENCY = 64;
+const MAX_STARTS = 1000;
+const RAMP_INTERVAL_MS = 10;
+/** More lookups than this would fill Deno's pool of blocking threads, on which file reads wait too. */
+const MAX_LOOKUPS = 16;
 const MAX_HEAD_BYTES = 64 * 1024;
 const MAX_BODY_BYTES = 1024 * 1024;
 const MAX_STATUS_DEPTH = 100;
+const MAX_OUTPUT_LENGTH = 1024 * 1024;
+/** How many values an inventory may hold beyond its own characters, each alias counted at each of its places. */
+const MAX_ALIASED_VALUES = 1_000_000;
+/** How long an ssh server may take to greet, and an ssh to end after SIGTERM. */
+const GREETING_MS = 2000;
+const GRACE_MS = 500;
 
-/** More name lookups than this would fill Deno's pool of blocking threads, on which file reads wait too. */
-const MAX_LOOKUPS = 16;
+const ACTIVE_STATUSES: readonly string[] = ["active", "ready", "unknown"];
+const INACTIVE_STATUSES: readonly string[] = ["terminated", "offline", "setup", "retired", "archived"];
 
-const INACTIVE_STATUSES: ReadonlySet<string> = new Set(["terminated", "offline", "setup", "retired", "archived"]);
-
-/** A path, a URL (`file:`, `http:` or `https:`), or a config already loaded. */
-export type ConfigSource = string | URL | HostsConfig;
-
-/** One host of the inventory, as written. Keys beyond these are kept. */
-export interface HostEntry {
-  /** The address inside the tailnet; tried first. */
-  readonly tailscale_ip?: string | null;
-  /** A host, or `user@host`; tried after the Tailscale address. */
-  readonly ssh_host?: string | null;
-  /** The SSH user. */
-  readonly ssh_user?: string | null;
-  /** The path of the SSH private key. */
-  readonly ssh_key?: string | null;
-  /** The SSH port. */
-  readonly ssh_port?: number | string | null;
-  /** Where the service is installed on the node. */
-  readonly ringrift_path?: string | null;
-  /** A word such as `active`, `ready`, `offline`, `setup`, `retired`. */
-  readonly status?: string | null;
-  /** A word such as `coordinator` or `worker`. */
-  readonly role?: string | null;
-  /** Memory in GB. */
-  readonly memory_gb?: number | string | null;
-  /** The number of CPU cores. */
-  readonly cpus?: number | string | null;
-  /** The GPU model, such as `H100`. */
-  readonly gpu?: string | number | null;
-  /** The port of the node's data server. */
-  readonly data_server_port?: number | string | null;
-  /** The base URL of the node's data server, where it is not `http://ADDRESS:PORT`. */
-  readonly data_server_url?: string | null;
-  /** Keys of the user's own. */
-  readonly [key: string]: unknown;
-}
-
-/** The inventory as written: snake_case keys, unknown sections kept. */
-export interface HostsConfig {
-  /** The hosts by name, in the order of the file. */
-  readonly hosts: Readonly<Record<string, HostEntry>>;
-  /** How the Elo ratings database is synchronised; see {@linkcode EloSyncConfig}. */
-  readonly elo_sync: Readonly<Record<string, unknown>>;
-  /** Sections of the user's own. */
-  readonly [section: string]: unknown;
-}
+// --- Errors ---
 
 /** One thing that is wrong with an inventory. It never quotes the file, which may hold secrets. */
 export interface ConfigProblem {
-  /** Where it is: `hosts.gpu-node-1.ssh_port`; empty for the file as a whole. */
+  /** The place: `hosts.gpu-node-1.ssh_port`; empty for the file as a whole. */
   readonly path: string;
   /** What is wrong, and what is expected. */
   readonly message: string;
-  /** The line, from 1, where it can be found. */
+  /** The line, from 1, if it can be found. */
   readonly line?: number;
-  /** The column, from 1, where it can be found. */
+  /** The column, from 1, if it can be found. */
   readonly column?: number;
 }
 
-/**
- * An inventory that cannot be used. All its problems are listed, not the first alone.
- *
- * @example Show every problem
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * try {
- *   parseHostsConfig("hosts:\n  gpu-1: { ssh_port: 0 }\n  gpu-2: null\n");
- * } catch (error) {
- *   if (!(error instanceof HostsConfigError)) throw error;
- *   assertEquals(error.problems.map((problem) => problem.path), ["hosts.gpu-1.ssh_port", "hosts.gpu-2"]);
- * }
- * ```
- */
+/** An inventory that cannot be used. It lists all problems, not the first alone. */
 export class HostsConfigError extends Error {
-  /** Every problem found, in the order of the file. */
+  /** Every problem, in the order of the file. */
   readonly problems: readonly ConfigProblem[];
 
   /** Makes an error of all `problems` of the file or URL named `origin`. */
@@ -127,17 +83,385 @@ export class HostsConfigError extends Error {
   }
 }
 
-/** What {@linkcode inspectHostsConfig} found. */
-export interface HostsConfigReport {
-  /** What keeps the inventory from being used. */
-  readonly problems: readonly ConfigProblem[];
-  /** What is allowed, but probably not meant. Empty while there are problems that hide the hosts. */
-  readonly doubts: readonly ConfigProblem[];
+/** A problem as people are shown it, on one line: `hosts.yaml:12: hosts.gpu-1.ssh_port: expected …`. */
+export function formatConfigProblem({ path, message, line, column }: ConfigProblem, origin: string): string {
+  const place = [origin, line, path === "" ? column : undefined].filter((part) => part !== undefined).join(":");
+  return path === "" ? `${place}: ${message}` : `${place}: ${path}: ${message}`;
 }
 
-/** The text of an inventory, and where it came from. */
+/** The known word that was probably meant: in another case, one edit away, or begun by three letters or more. */
+export function didYouMean(word: string, known: Iterable<string>): string | undefined {
+  const candidates = [...known];
+  if (candidates.includes(word)) return undefined;
+  const begins = (candidate: string) => word.length > 2 && candidate.toLowerCase().startsWith(word.toLowerCase());
+  return candidates.find((candidate) => isTypo(word, candidate)) ?? candidates.find(begins);
+}
+
+/** Whether two words differ in case, or by one insertion, deletion, replacement or swap of neighbours. */
+function isTypo(written: string, meant: string): boolean {
+  const [word, other] = [written.toLowerCase(), meant.toLowerCase()];
+  const shorter = Math.min(word.length, other.length);
+  let start = 0;
+  while (start < shorter && word[start] === other[start]) start++;
+  let end = 0;
+  while (end < shorter - start && word.at(-1 - end) === other.at(-1 - end)) end++;
+  const [a, b] = [word.slice(start, word.length - end), other.slice(start, other.length - end)];
+  return written !== meant && ((a.length === 2 && a === b[1]! + b[0]) || (a.length <= 1 && b.length <= 1));
+}
+
+/** What is wrong with a version of Deno, or `undefined` if this module works on it. */
+export function unsupportedDeno(version: string = Deno.version.deno): string | undefined {
+  const [major = 0, minor = 0] = version.split(".").map(Number);
+  // On 2.8.3, a read from a silent node never ends.
+  if (version !== "2.8.3" && (major > 2 || (major === 2 && minor >= 3))) return undefined;
+  return `Deno ${version} cannot check nodes reliably: use Deno 2.3 or later, but not 2.8.3`;
+}
+
+function denied(what: string, flag: string): Error {
+  return new Deno.errors.NotCapable(`Requires ${what}: run again with ${flag}`);
+}
+
+function requirePermission(permission: Deno.PermissionDescriptor, flag: string, what = `${permission.name} access`) {
+  if (Deno.permissions.querySync(permission).state !== "granted") throw denied(what, flag);
+}
+
+function errorText(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}
+
+const TLS_FAULTS: readonly (readonly [RegExp, string])[] = [
+  [/Expired/, "the certificate has expired"],
+  [/NotValidYet/, "the certificate is not valid yet"],
+  [/NotValidForName|not valid for name/, "the certificate is for another name"],
+  [/CaUsedAsEndEntity/, "the certificate is self-signed by a CA: make one with CA:FALSE, and name it in DENO_CERT"],
+  [/UnknownIssuer/, "the certificate is from an unknown CA: name that CA's file in DENO_CERT"],
+  [/corrupt message/, "the server does not speak TLS"],
+];
+
+/** A failed TLS handshake in words; `undefined` for any other fault. */
+function tlsFault(error: unknown): string | undefined {
+  const text = causeText(error);
+  const known = TLS_FAULTS.find(([pattern]) => pattern.test(text))?.[1];
+  return known ?? (/certificate|\bTLS\b|HandshakeFailure/i.test(text) ? `TLS: ${text.split(": ").at(-1)}` : undefined);
+}
+
+/** What `fetch` says of a fault is in its cause. */
+function causeText(error: unknown): string {
+  return errorText((error as { cause?: unknown } | undefined)?.cause ?? error);
+}
+
+// --- Host fields ---
+
+/** One field: its key in the inventory, how it is parsed, and what it is if it is not set. */
+interface Field<T> {
+  readonly key: string;
+  /** Gives the value, or throws {@linkcode InvalidValue}. Strings come trimmed; what is unset does not come here. */
+  readonly parse: (value: unknown) => T;
+  readonly fallback?: T;
+}
+
+/** Every field of a host. To add one: a row here, and the property of {@linkcode ClusterNode} that documents it. */
+const HOST_FIELDS = {
+  tailscaleIp: { key: "tailscale_ip", parse: parseHost },
+  sshHost: { key: "ssh_host", parse: parseSshHost },
+  sshUser: { key: "ssh_user", parse: parseUser },
+  sshKey: { key: "ssh_key", parse: (value) => parseWord(value, "the path of a key") },
+  sshPort: { key: "ssh_port", parse: parsePort, fallback: 22 },
+  ringriftPath: { key: "ringrift_path", parse: parseText, fallback: "~/ringrift/ai-service" },
+  status: { key: "status", parse: parseText, fallback: "unknown" },
+  reason: { key: "reason", parse: parseText },
+  role: { key: "role", parse: parseText, fallback: "unknown" },
+  memoryGb: { key: "memory_gb", parse: parseAmount, fallback: 0 },
+  cpus: { key: "cpus", parse: parseAmount, fallback: 0 },
+  gpu: { key: "gpu", parse: (value) => parseText(Number.isFinite(value) ? String(value) : value), fallback: "" },
+  dataServerPort: { key: "data_server_port", parse: parsePort, fallback: DATA_SYNC_PORT },
+  dataServerUrl: { key: "data_server_url", parse: parseBaseUrl },
+  statusPath: { key: "status_path", parse: parsePath, fallback: "/status" },
+} satisfies { [K in keyof Omit<ClusterNodeFields, "name" | "entry">]-?: Field<NonNullable<ClusterNode[K]>> };
+
+const ELO_SYNC_FIELDS = {
+  coordinator: { key: "coordinator", parse: parseText, fallback: "mac-studio" },
+  syncPort: { key: "sync_port", parse: parsePort, fallback: ELO_SYNC_PORT },
+  syncInterval: { key: "sync_interval", parse: parseInterval, fallback: 300 },
+  divergenceThreshold: { key: "divergence_threshold", parse: parseAmount, fallback: 50 },
+  transports: { key: "transports", parse: parseTexts, fallback: ["tailscale", "aria2", "http"] },
+} satisfies { [K in keyof EloSyncConfig]: Field<EloSyncConfig[K]> };
+
+/** The fields of `distributed`: the defaults of the hosts that set none. */
+const DISTRIBUTED_FIELDS = {
+  dataServerPort: { key: "data_server_port", parse: parsePort },
+  statusPath: { key: "status_path", parse: parsePath },
+} satisfies FieldTable;
+
+type FieldTable = Readonly<Record<string, Field<unknown>>>;
+
+/** What is wrong with one field, as {@linkcode ClusterNode} calls it, and as the inventory does. */
+type FieldProblem = { readonly name: string; readonly key: string; readonly message: string };
+
+/** The values of a table's fields, the fallback of each that is unset, and the problems of those that are invalid. */
+function parseFields<T>(table: FieldTable, valueOf: (name: string, key: string) => unknown) {
+  const values: Record<string, unknown> = {};
+  const problems: FieldProblem[] = [];
+  for (const name in table) {
+    const { key, parse, fallback } = table[name]!;
+    const value = valueOf(name, key);
+    values[name] = fallback;
+    try {
+      if (!isUnset(value)) values[name] = parse(typeof value === "string" ? value.trim() : value);
+    } catch (error) {
+      problems.push({ name, key, message: invalidText(error) });
+    }
+  }
+  return { values: values as T, problems };
+}
+
+/** What is wrong with one value, or with a file as a whole. It names what is expected, never the value. */
+class InvalidValue extends Error {
+  constructor(message: string, readonly place: Pick<ConfigProblem, "line" | "column"> = {}, options?: ErrorOptions) {
+    super(message, options);
+  }
+}
+
+function invalid(...details: ConstructorParameters<typeof InvalidValue>): never {
+  throw new InvalidValue(...details);
+}
+
+function invalidText(error: unknown): string {
+  if (error instanceof InvalidValue) return error.message;
+  throw error;
+}
+
+/** Nothing, a blank, and a placeholder such as `<tailscale-ip>`. */
+function isUnset(value: unknown): boolean {
+  if (typeof value !== "string") return value === undefined || value === null;
+  const text = value.trim();
+  return text === "" || (text.endsWith(">") && /^(?:[^@]*@)?<[^<>]*>$/.test(text));
+}
+
+// deno-lint-ignore no-control-regex
+const CONTROL_TEXT = /[\x00-\x1f\x7f-\x9f]/;
+
+function parseText(value: unknown): string {
+  if (typeof value !== "string") return invalid(`expected a string, got ${typeName(value)}: put it in quotes`);
+  return CONTROL_TEXT.test(value) ? invalid("holds a control character") : value;
+}
+
+function parseTexts(value: unknown): readonly string[] {
+  if (Array.isArray(value) && value.every((item) => typeof item === "string")) return value;
+  return invalid(
+    `expected a list of strings, got ${Array.isArray(value) ? "a list of something else" : typeName(value)}`,
+  );
+}
+
+// Spelt out, since a class such as \p{Cf} takes longer to compile than a small inventory takes to load.
+// deno-lint-ignore no-control-regex
+const UNSAFE_TEXT = /[\s\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f;&|<>()$`\\"'*?[\]{}!#%^]/;
+
+/** Text that neither ssh nor a shell can take for anything else. */
+function parseWord(value: unknown, what: string): string {
+  const text = parseText(value);
+  if (text.startsWith("-")) return invalid(`expected ${what}, got one that begins with "-"`);
+  if (!UNSAFE_TEXT.test(text)) return text;
+  return invalid(`expected ${what}, without spaces or characters that a shell would interpret`);
+}
+
+function parseHost(value: unknown): string {
+  const what = "a host name or an address";
+  const host = withoutBrackets(parseText(value));
+  const colons = host.split(":").length - 1;
+  if (host === "" || /[/@,]/.test(host) || colons === 1) invalid(`expected ${what} alone, without user, port or path`);
+  const isIpv4 = /^(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?!$)|$)){4}$/.test(host);
+  if (/^[\d.]+$/.test(host) && !isIpv4) invalid(`expected ${what}: not a valid IPv4 address`);
+  if (colons > 1 && !URL.canParse(`http://[${host}]`)) invalid(`expected ${what}: not a valid IPv6 address`);
+  return parseWord(host, what);
+}
+
+function withoutBrackets(host: string): string {
+  return host.startsWith("[") && host.endsWith("]") ? host.slice(1, -1) : host;
+}
+
+function parseSshHost(value: unknown): string {
+  const { user, host } = splitUser(parseText(value));
+  return user === undefined ? parseHost(host) : `${parseUser(user)}@${parseHost(host)}`;
+}
+
+function splitUser(sshHost: string): { user: string | undefined; host: string } {
+  const at = sshHost.lastIndexOf("@");
+  return { user: at < 0 ? undefined : sshHost.slice(0, at), host: sshHost.slice(at + 1) };
+}
+
+function parseUser(value: unknown): string {
+  const user = parseWord(value, "a user name");
+  return user === "" || /[@:/]/.test(user) ? invalid("expected a user name alone") : user;
+}
+
+function parsePort(value: unknown): number {
+  const port = typeof value === "string" && /^\d{1,5}$/.test(value) ? Number(value) : value;
+  if (typeof port === "number" && Number.isInteger(port) && port >= 1 && port <= 65535) return port;
+  return invalid(`expected an integer from 1 to 65535, got ${typeName(value)}`);
+}
+
+function parseAmount(value: unknown): number {
+  const amount = typeof value === "string" ? Number(value) : value;
+  if (typeof amount === "number" && Number.isFinite(amount) && amount >= 0) return amount;
+  return invalid(`expected a number, 0 or more, got ${typeName(value)}`);
+}
+
+function parseInterval(value: unknown): number {
+  return parseAmount(value) || invalid("expected more than 0");
+}
+
+/** A base URL in one spelling, so that one server is one URL. */
+function parseBaseUrl(value: unknown): string {
+  const expected = "expected a URL that begins with http:// or https://";
+  const text = parseText(value);
+  if (!/^https?:\/\//i.test(text) || !URL.canParse(text)) invalid(expected);
+  if (/[\s"'`<>\\]/.test(text)) invalid(`${expected}, without spaces or quotes`);
+  const { protocol, host, port, pathname, username, password } = new URL(text);
+  if (port === "0") invalid("expected a port from 1 to 65535");
+  if (username || password) invalid(`${expected}, without user and password`);
+  if (/[?#]/.test(text)) invalid(`${expected}, without query and fragment`);
+  return `${protocol}//${host}${pathname.replace(/\/+$/, "")}`;
+}
+
+function parsePath(value: unknown): string {
+  const path = parseText(value);
+  return /^\/[!"$-~]*$/.test(path) ? path : invalid('expected a path that begins with "/", URL-encoded');
+}
+
+function isMapping(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function typeName(value: unknown): string {
+  if (value === null || value === undefined) return "nothing";
+  if (Array.isArray(value)) return "a list";
+  return typeof value === "object" ? "a mapping" : `${typeof value === "boolean" ? "a" : "another"} ${typeof value}`;
+}
+
+// --- ClusterNode, EloSyncConfig ---
+
+/** One node of the cluster, with the defaults applied. */
+export class ClusterNode {
+  /** The name in the inventory. */
+  readonly name: string;
+  /** The address inside the tailnet, which is tried first. */
+  readonly tailscaleIp!: string | undefined;
+  /** A host, or `user@host`. */
+  readonly sshHost!: string | undefined;
+  /** The SSH user: the one that is set, else the one in `sshHost`, else `ubuntu`. */
+  readonly sshUser!: string;
+  /** The path of the SSH private key. */
+  readonly sshKey!: string | undefined;
+  /** The SSH port; 22 by default. */
+  readonly sshPort!: number;
+  /** The folder of the service on the node; `~/ringrift/ai-service` by default. */
+  readonly ringriftPath!: string;
+  /** A word such as `active`, `ready` or `offline`; `unknown` by default. */
+  readonly status!: string;
+  /** Why it is out of service, for people. */
+  readonly reason!: string | undefined;
+  /** A word such as `coordinator` or `worker`; `unknown` by default. */
+  readonly role!: string;
+  /** Memory in GB; 0 if not known. */
+  readonly memoryGb!: number;
+  /** The number of CPU cores; 0 if not known. */
+  readonly cpus!: number;
+  /** The GPU model; empty if there is none. */
+  readonly gpu!: string;
+  /** The port of the data server; 8766 by default. */
+  readonly dataServerPort!: number;
+  /** The base URL of the data server, if it is not `http://ADDRESS:PORT`. */
+  readonly dataServerUrl!: string | undefined;
+  /** The path that answers a check; `/status` by default. */
+  readonly statusPath!: string;
+  /** The host's mapping as written, for keys of the user's own. */
+  readonly entry: HostEntry;
+
+  /** Makes a node; `null` and a blank string mean unset. Throws one `TypeError` that lists every invalid field. */
+  constructor(fields: ClusterNodeFields) {
+    const { name, entry = {} } = fields;
+    const { values, problems } = parseFields<object>(HOST_FIELDS, (key) => fields[key as keyof ClusterNodeFields]);
+    if (typeof name !== "string" || name.trim() === "" || CONTROL_TEXT.test(name)) {
+      problems.unshift({ name: "name", key: "", message: "a host's name is blank or has control characters" });
+    }
+    if (problems.length > 0) {
+      const list = problems.map(({ name, message }) => `${name}: ${message}`).join("; ");
+      throw new TypeError(`Cannot make node ${JSON.stringify(name)}: ${list}`, { cause: problems });
+    }
+    this.name = name;
+    Object.assign(this, values);
+    this.sshUser ??= splitUser(this.sshHost ?? "").user ?? "ubuntu";
+    this.entry = entry;
+  }
+
+  /** The address to use: the Tailscale one, else the host of `sshHost`; `undefined` if there is none. */
+  get bestIp(): string | undefined {
+    return this.addresses[0];
+  }
+
+  /** Every distinct address, best first. */
+  get addresses(): string[] {
+    const sshHost = this.sshHost && splitUser(this.sshHost).host;
+    return [...new Set([this.tailscaleIp, sshHost])].filter((address) => address !== undefined);
+  }
+
+  /** `dataServerUrl`, else `http://ADDRESS:PORT`, without a slash at the end; `undefined` if there is neither. */
+  get dataServerBaseUrl(): string | undefined {
+    const [endpoint] = dataEndpoints(this);
+    return endpoint && endpointUrl(endpoint);
+  }
+
+  /** Whether the status, in any case, is none of `terminated`, `offline`, `setup`, `retired`, `archived`. */
+  get isActive(): boolean {
+    return !INACTIVE_STATUSES.includes(this.status.toLowerCase());
+  }
+}
+
+/** What a {@linkcode ClusterNode} is made of: its name, and any of its other fields. */
+export type ClusterNodeFields =
+  & { readonly name: string }
+  & {
+    readonly [
+      K in Exclude<keyof ClusterNode, "name" | "bestIp" | "addresses" | "dataServerBaseUrl" | "isActive">
+    ]?: ClusterNode[K] | undefined;
+  };
+
+/** How the Elo ratings database is synchronised. */
+export interface EloSyncConfig {
+  /** The name of the coordinator's node; `mac-studio` by default. */
+  readonly coordinator: string;
+  /** The port of the database on each node; 8766 by default. */
+  readonly syncPort: number;
+  /** Seconds between two rounds; 300 by default. */
+  readonly syncInterval: number;
+  /** Elo points by which two databases may differ; 50 by default. */
+  readonly divergenceThreshold: number;
+  /** The transports to try, best first; `tailscale`, `aria2`, `http` by default. */
+  readonly transports: readonly string[];
+}
+
+// --- Reading ---
+
+/** A path, a URL (`file:`, `http:` or `https:`), or a config: one already loaded, or `{ hosts }` written in place. */
+export type ConfigSource = string | URL | HostsConfig;
+
+/** One host as written: snake_case keys, those of the user's own kept. config/README.md explains the known ones. */
+export type HostEntry = Readonly<Record<string, unknown>>;
+
+/** The inventory as written: a finite tree, unknown sections kept. */
+export interface HostsConfig {
+  /** The hosts by name, in the order of the file. */
+  readonly hosts: Readonly<Record<string, HostEntry>>;
+  /** How the Elo ratings database is synchronised; see {@linkcode EloSyncConfig}. */
+  readonly elo_sync?: Readonly<Record<string, unknown>> | null;
+  /** Other sections. `distributed` has `data_server_port` and `status_path` for the hosts that set none. */
+  readonly [section: string]: unknown;
+}
+
+/** The text of an inventory, and its origin. */
 export interface HostsConfigText {
-  /** The YAML; empty where there is no file. */
+  /** The YAML; empty if there is no file. */
   readonly text: string;
   /** The path or the URL. */
   readonly origin: string;
@@ -147,159 +471,741 @@ export interface HostsConfigText {
 
 /** Options of {@linkcode loadHostsConfig} and {@linkcode readHostsConfig}. */
 export interface LoadOptions {
-  /**
-   * How long a config URL may take, in milliseconds.
-   *
-   * @default {5000}
-   */
-  readonly timeoutMs?: number;
-  /** Aborts the loading of a URL. */
+  /** How long a URL may take, in milliseconds. @default {5000} */
+  readonly timeoutMs?: number | undefined;
+  /** Aborts the loading of a URL, which then rejects with the signal's reason. */
   readonly signal?: AbortSignal | undefined;
 }
 
-/** How the Elo ratings database is synchronised. */
-export interface EloSyncConfig {
-  /**
-   * The name of the coordinator's node.
-   *
-   * @default {"mac-studio"}
-   */
-  readonly coordinator: string;
-  /**
-   * The port of the database on each node.
-   *
-   * @default {8766}
-   */
-  readonly syncPort: number;
-  /**
-   * Seconds between two rounds.
-   *
-   * @default {300}
-   */
-  readonly syncInterval: number;
-  /**
-   * Elo points by which two databases may differ.
-   *
-   * @default {50}
-   */
-  readonly divergenceThreshold: number;
-  /**
-   * The transports to try, best first.
-   *
-   * @default {["tailscale", "aria2", "http"]}
-   */
-  readonly transports: readonly string[];
+/** Reads the text of the inventory that {@linkcode loadHostsConfig} would load; the default one alone may be missing. */
+export async function readHostsConfig(source?: string | URL, options: LoadOptions = {}): Promise<HostsConfigText> {
+  return await readText(source, source === undefined ? "RINGRIFT_HOSTS_CONFIG" : undefined, options);
 }
 
-/** Where the coordinator listens. */
-export interface CoordinatorAddress {
-  /** A name or an address. */
-  readonly hostname: string;
-  /** The port of the Elo database. */
-  readonly port: number;
+async function readText(source: string | URL | undefined, variable: string | undefined, options: LoadOptions) {
+  const named = variable ? readVariable(variable) : source;
+  const origin = String(named ?? DEFAULT_CONFIG_PATH);
+  try {
+    const bytes = /^https?:/i.test(origin) ? await fetchConfig(origin, options) : await readFile(origin);
+    return { text: decodeConfig(bytes), origin, exists: true };
+  } catch (error) {
+    const { cause } = error as Error;
+    if (named === undefined && cause instanceof Deno.errors.NotFound) return { text: "", origin, exists: false };
+    const message = invalidText(error) + (variable && named ? ` (${variable} names it)` : "");
+    throw new HostsConfigError(origin, [{ path: "", message }], { cause });
+  }
 }
 
-/** What {@linkcode ClusterNode} is made of. */
-export interface ClusterNodeFields {
-  /** The name in the inventory. */
-  readonly name: string;
-  /** The address inside the tailnet. */
-  readonly tailscaleIp?: string | undefined;
-  /** A host, or `user@host`. */
-  readonly sshHost?: string | undefined;
-  /**
-   * The SSH user. A user in `sshHost` counts unless this is set.
-   *
-   * @default {"ubuntu"}
-   */
-  readonly sshUser?: string | undefined;
-  /** The path of the SSH private key. */
-  readonly sshKey?: string | undefined;
-  /**
-   * The SSH port.
-   *
-   * @default {22}
-   */
-  readonly sshPort?: number | undefined;
-  /**
-   * Where the service is installed on the node.
-   *
-   * @default {"~/ringrift/ai-service"}
-   */
-  readonly ringriftPath?: string | undefined;
-  /**
-   * A word such as `active`, `ready`, `offline`.
-   *
-   * @default {"unknown"}
-   */
-  readonly status?: string | undefined;
-  /**
-   * A word such as `coordinator` or `worker`.
-   *
-   * @default {"unknown"}
-   */
-  readonly role?: string | undefined;
-  /**
-   * Memory in GB.
-   *
-   * @default {0}
-   */
-  readonly memoryGb?: number | undefined;
-  /**
-   * The number of CPU cores.
-   *
-   * @default {0}
-   */
-  readonly cpus?: number | undefined;
-  /**
-   * The GPU model.
-   *
-   * @default {""}
-   */
-  readonly gpu?: string | undefined;
-  /**
-   * The port of the data server.
-   *
-   * @default {8766}
-   */
-  readonly dataServerPort?: number | undefined;
-  /** The base URL of the data server, where it is not `http://ADDRESS:PORT`. */
-  readonly dataServerUrl?: string | undefined;
-  /**
-   * The host's mapping as written.
-   *
-   * @default {{}}
-   */
-  readonly entry?: HostEntry | undefined;
+async function readFile(origin: string): Promise<Uint8Array> {
+  const path = /^file:/i.test(origin) ? new URL(origin) : origin;
+  requirePermission({ name: "read", path }, `--allow-read=${origin}`);
+  try {
+    return await Deno.readFile(path);
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return invalid("there is no such file", {}, { cause: error });
+    const isFolder = error instanceof Deno.errors.IsADirectory || /os error 21\b/.test(String(error));
+    return invalid(isFolder ? "is a folder, not a file" : `cannot be read (${errorText(error)})`, {}, { cause: error });
+  }
 }
+
+async function fetchConfig(url: string, options: LoadOptions): Promise<Uint8Array> {
+  const { timeoutMs = DEFAULTS.timeoutMs, signal } = options;
+  if (!URL.canParse(url)) invalid("is not a URL");
+  const { hostname, port, protocol } = new URL(url);
+  requireNet(withoutBrackets(hostname), Number(port) || DEFAULT_PORTS[protocol]!);
+  const deadline = AbortSignal.timeout(timeoutMs);
+  const ended = signal ? AbortSignal.any([deadline, signal]) : deadline;
+  let status: number;
+  try {
+    // A redirect could lead to a host for which no permission was given, and then Deno would ask.
+    const response = await fetch(url, { redirect: "manual", signal: ended });
+    if (response.status === 200) return await response.bytes();
+    status = response.status;
+    await response.body?.cancel();
+  } catch (error) {
+    signal?.throwIfAborted();
+    if (deadline.aborted) return invalid(`did not answer within ${formatMs(timeoutMs)}`, {}, { cause: error });
+    // What is behind the last colon is the reason; before it stands the URL again.
+    return invalid(tlsFault(error) ?? `cannot be fetched (${causeText(error).split(": ").at(-1)})`, {}, {
+      cause: error,
+    });
+  }
+  const hint = status >= 300 && status < 400 ? ", a redirect: use the URL it leads to" : "";
+  return invalid(`answered HTTP ${status}${hint}`);
+}
+
+function decodeConfig(bytes: Uint8Array): string {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch (error) {
+    const isUtf16 = [0xfffe, 0xfeff].includes(256 * bytes[0]! + bytes[1]!);
+    return invalid(`is ${isUtf16 ? "UTF-16" : "not UTF-8"}: save it as UTF-8`, {}, { cause: error });
+  }
+}
+
+/** The port that a URL leaves out. */
+const DEFAULT_PORTS: Readonly<Record<string, number>> = { "http:": 80, "https:": 443, "ssh:": 22 };
+
+/** An environment variable, trimmed; `undefined` if it is not set, is blank or may not be read. */
+export function readVariable(name: string): string | undefined {
+  const { state } = Deno.permissions.querySync({ name: "env", variable: name });
+  return state === "granted" ? Deno.env.get(name)?.trim() || undefined : undefined;
+}
+
+// --- Parsing ---
+
+/** A config whose fields are all valid, and what they say. */
+type ParsedConfig = ReturnType<typeof parseDocument>;
+
+/** A config is parsed once, however many functions it is given to. */
+const parsedConfigs = new WeakMap<HostsConfig, ParsedConfig>();
+
+/**
+ * Loads an inventory: the file, URL or object given, else the file named by `RINGRIFT_HOSTS_CONFIG`, else
+ * {@linkcode DEFAULT_CONFIG_PATH}; if that is missing, the cluster is empty. The result can be given to every function
+ * that takes a source, so that nothing is read twice.
+ *
+ * @example Load once, ask often
+ * ```ts
+ * import { assertEquals } from "jsr:@std/assert@^1.0.19";
+ *
+ * const config = await loadHostsConfig("config/demo_hosts.yaml");
+ * const nodes = await getClusterNodes(config);
+ * assertEquals(await getCoordinatorNode(config), nodes.get("coordinator"));
+ * ```
+ */
+export async function loadHostsConfig(source?: ConfigSource, options: LoadOptions = {}): Promise<HostsConfig> {
+  return (await loadParsed(source, options)).config;
+}
+
+async function loadParsed(source?: ConfigSource, options: LoadOptions = {}): Promise<ParsedConfig> {
+  if (typeof source !== "object" || source instanceof URL) {
+    const { text, origin } = await readHostsConfig(source, options);
+    return parseConfigText(text, origin);
+  }
+  const parse = (problems: ConfigProblem[]) =>
+    treeSize(source) === Infinity ? invalid("holds itself") : parseDocument(source, problems);
+  const parsed = parsedConfigs.get(source) ?? withoutProblems("config object", "", parse);
+  for (const config of [source, parsed.config]) parsedConfigs.set(config, parsed);
+  return parsed;
+}
+
+/** Parses and validates the text of an inventory, which errors call `origin`. An empty text is an empty cluster. */
+export function parseHostsConfig(text: string, origin = "inventory"): HostsConfig {
+  return parseConfigText(text, origin).config;
+}
+
+function parseConfigText(text: string, origin: string): ParsedConfig {
+  const parsed = withoutProblems(origin, text, (problems) => parseDocument(parseYaml(text) ?? {}, problems));
+  parsedConfigs.set(parsed.config, parsed);
+  return parsed;
+}
+
+/** What `parse` makes of a text; throws all the problems that it finds, be they collected or thrown. */
+function withoutProblems<T>(origin: string, text: string, parse: (problems: ConfigProblem[]) => T): T {
+  const problems: ConfigProblem[] = [];
+  try {
+    const parsed = parse(problems);
+    if (problems.length === 0) return parsed;
+  } catch (error) {
+    problems.push({ path: "", message: invalidText(error), ...(error as InvalidValue).place });
+  }
+  throw new HostsConfigError(origin, locate(problems, text));
+}
+
+/**
+ * Finds every problem of an inventory, in the order of the file; if there is none, everything that is allowed and
+ * probably not meant: a misspelt key, an unknown status, a node without an address, a placeholder and the like.
+ */
+export function validateHostsConfig(
+  text: string,
+): { config?: HostsConfig; problems: ConfigProblem[]; warnings: ConfigProblem[] } {
+  try {
+    const parsed = parseConfigText(text, "inventory");
+    return { config: parsed.config, problems: [], warnings: locate([...findWarnings(parsed)], text) };
+  } catch (error) {
+    if (error instanceof HostsConfigError) return { problems: [...error.problems], warnings: [] };
+    throw error;
+  }
+}
+
+function parseYaml(text: string): unknown {
+  // A log-in page can be valid YAML, and would be an empty cluster.
+  if (/^\s*<[!?a-z]/i.test(text)) invalid("is HTML or XML, not YAML");
+  if (text.includes("\0")) invalid("holds a NUL character: is it a text file?");
+  const line = findTab(text);
+  if (line) invalid("is not valid YAML: a tab in the indentation; use spaces", { line, column: 1 });
+  try {
+    // The core schema has no merge keys, which @std/yaml expands without a bound, and leaves dates as written.
+    const document: unknown = parse(text, { schema: "core" });
+    if (!text.includes("&") && !text.includes("<<")) return document;
+    if (treeSize(document) > text.length + MAX_ALIASED_VALUES) invalid("has aliases that make it endless");
+    return mergeKeys(document);
+  } catch (error) {
+    if (error instanceof RangeError) return invalid("is nested too deeply");
+    throw error instanceof SyntaxError ? syntaxFault(error) : error;
+  }
+}
+
+/** The line of a tab that indents, outside of block scalars and of JSON: @std/yaml would silently flatten the file. */
+function findTab(text: string): number | undefined {
+  if (!/^ *\t/m.test(text) || /^\s*[{[]/.test(text)) return undefined;
+  let scalarIndent = Infinity;
+  for (const [index, line] of text.split("\n").entries()) {
+    const indent = line.search(/[^ ]/);
+    if (line.trim() === "" || indent > scalarIndent) continue;
+    scalarIndent = /(?:^|[\s:-])[|>][-+\d]*\s*(?:#.*)?$/.test(line) ? indent : Infinity;
+    if (line[indent] === "\t") return index + 1;
+  }
+}
+
+/** How many values a document holds, an alias counted at each of its places; infinite if one holds itself. */
+function treeSize(value: unknown, sizes = new Map<object, number>()): number {
+  if (typeof value !== "object" || value === null) return 1;
+  const known = sizes.get(value);
+  if (known !== undefined) return known;
+  sizes.set(value, Infinity);
+  let size = 1;
+  for (const child of Object.values(value)) size += treeSize(child, sizes);
+  sizes.set(value, size);
+  return size;
+}
+
+/** Replaces each merge key (`<<`) by what it names: a mapping's own keys win, then those of the first one merged. */
+function mergeKeys(value: unknown, done = new Map<unknown, unknown>()): unknown {
+  if (typeof value !== "object" || value === null || done.has(value)) return done.get(value) ?? value;
+  const isList = Array.isArray(value);
+  const { "<<": source = [], ...own } = isList ? {} : value as Record<string, unknown>;
+  const merged = new Map<string, unknown>();
+  for (const mapping of [source].flat().map((item) => mergeKeys(item, done))) {
+    if (!isMapping(mapping)) return invalid('a merge key ("<<") names something that is not a mapping');
+    for (const [key, item] of Object.entries(mapping)) if (!merged.has(key)) merged.set(key, item);
+  }
+  for (const [key, item] of Object.entries(own)) merged.set(key, mergeKeys(item, done));
+  const result = isList ? value.map((item) => mergeKeys(item, done)) : Object.fromEntries(merged);
+  done.set(value, result);
+  return result;
+}
+
+function syntaxFault(error: SyntaxError): InvalidValue {
+  const { line, column } = error as { line?: number; column?: number };
+  // After the reason, the message shows the source; at its end, quoted, come names out of the source.
+  const reason = error.message.split(/ at line \d+, column \d+|\n/, 1)[0]!.replace(/ (?:"|!<).*/s, "");
+  const place = line === undefined || column === undefined ? {} : { line, column };
+  return new InvalidValue(`is not valid YAML: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}`, place);
+}
+
+/** Parses what the toolkit uses of a document, and adds everything that is wrong with that to `problems`. */
+function parseDocument(document: unknown, problems: ConfigProblem[]) {
+  if (!isMapping(document)) return invalid(`expected a mapping with a "hosts" section, got ${typeName(document)}`);
+  const { hosts, elo_sync, distributed } = document;
+  const got = typeName(elo_sync);
+  if (!isMapping(elo_sync ?? {})) problems.push({ path: "elo_sync", message: `expected a mapping, got ${got}` });
+  const eloSync = parseSection<EloSyncConfig>("elo_sync", elo_sync, ELO_SYNC_FIELDS, problems);
+  // That section is another program's too: only a mapping can hold what is used here.
+  const defaults = parseSection<NodeDefaults>("distributed", distributed, DISTRIBUTED_FIELDS, problems);
+  const nodes = parseHosts(hosts ?? {}, defaults, problems);
+  const config = (isMapping(hosts) ? document : { ...document, hosts: {} }) as HostsConfig;
+  const needsUnifiedPort = defaults.dataServerPort === undefined && nodes.values().some(hasNoPort);
+  return { config, nodes, eloSync, needsUnifiedPort };
+}
+
+function parseSection<T>(path: string, section: unknown, table: FieldTable, problems: ConfigProblem[]): T {
+  const mapping = isMapping(section) ? section : {};
+  const { values, problems: found } = parseFields<T>(table, (_, key) => ownValue(mapping, key));
+  for (const { key, message } of found) problems.push({ path: `${path}.${key}`, message });
+  return values;
+}
+
+type NodeDefaults = Pick<ClusterNodeFields, keyof typeof DISTRIBUTED_FIELDS>;
+
+function ownValue(mapping: Readonly<Record<string, unknown>>, key: string): unknown {
+  return Object.hasOwn(mapping, key) ? mapping[key] : undefined;
+}
+
+const HOST_ROWS = Object.entries(HOST_FIELDS).map(([name, { key }]) => ({ name, key }));
+
+function parseHosts(hosts: unknown, defaults: NodeDefaults, problems: ConfigProblem[]): Map<string, ClusterNode> {
+  const nodes = new Map<string, ClusterNode>();
+  const [mapping, got] = isMapping(hosts) ? [hosts, ""] : [{}, typeName(hosts)];
+  if (got) problems.push({ path: "hosts", message: `expected a mapping from names to hosts, got ${got}` });
+  for (const [name, entry] of Object.entries(mapping)) {
+    const path = `hosts.${CONTROL_TEXT.test(name) ? JSON.stringify(name) : name}`;
+    try {
+      if (!isMapping(entry)) invalid(`expected a mapping, got ${typeName(entry)}`);
+      nodes.set(name, nodeOf(name, entry as HostEntry, defaults));
+    } catch (error) {
+      const { cause = [{ key: "", message: invalidText(error) }] } = error as { cause?: FieldProblem[] };
+      for (const { key, message } of cause) problems.push({ path: key ? `${path}.${key}` : path, message });
+    }
+  }
+  return nodes;
+}
+
+function nodeOf(name: string, entry: HostEntry, defaults: NodeDefaults): ClusterNode {
+  const fields: Record<string, unknown> = { name, entry };
+  for (const row of HOST_ROWS) fields[row.name] = ownValue(entry, row.key);
+  for (const key of ["dataServerPort", "statusPath"] as const) if (isUnset(fields[key])) fields[key] = defaults[key];
+  return new ClusterNode(fields as unknown as ClusterNodeFields);
+}
+
+/** Adds the lines, and sorts by them. What stands in flow style has the line of the key that it stands behind. */
+function locate(problems: readonly ConfigProblem[], text: string): ConfigProblem[] {
+  if (problems.length === 0) return [];
+  const places = findKeys(text);
+  const placeOf = (path: string): object | undefined =>
+    places.get(path) ?? (path.includes(".") ? placeOf(path.slice(0, path.lastIndexOf("."))) : undefined);
+  const located = problems.map((problem): ConfigProblem => ({ ...placeOf(problem.path), ...problem }));
+  return located.sort((a, b) => (a.line ?? 0) - (b.line ?? 0));
+}
+
+/** Where each key stands that is written in block style, as people write inventories, and each of a one-line mapping. */
+function findKeys(text: string): Map<string, { line: number; column: number }> {
+  const places = new Map<string, { line: number; column: number }>();
+  const parents: { indent: number; path: string }[] = [];
+  const key = /^( *)(?:"((?:[^"\\]|\\.)*)"\s*|'((?:[^']|'')*)'\s*|([^\s#"'\-[{&*!|>%@`][^#]*?|-[^\s#][^#]*?)):(?:\s|$)/;
+  for (const [index, source] of text.split("\n").entries()) {
+    const [, { length: indent } = "", double, single, plain] = key.exec(source) ?? [];
+    const name = double ?? single?.replaceAll("''", "'") ?? plain?.trimEnd();
+    if (name === undefined) continue;
+    while (parents.length > 0 && parents.at(-1)!.indent >= indent) parents.pop();
+    const path = parents.length > 0 ? `${parents.at(-1)!.path}.${name}` : name;
+    parents.push({ indent, path });
+    const flow = /:\s+(?:[&!]\S+\s+)*\{(.*)/.exec(source)?.[1] ?? "";
+    const fields = Array.from(flow.matchAll(/(?:^|,)\s*["']?([\w.-]+)["']?\s*:/g), ([, field]) => `${path}.${field}`);
+    for (const each of [path, ...fields]) {
+      if (!places.has(each)) places.set(each, { line: index + 1, column: indent + 1 });
+    }
+  }
+  return places;
+}
+
+// --- Warnings ---
+
+function* findWarnings({ config, nodes, eloSync }: ParsedConfig): Generator<ConfigProblem> {
+  yield* findTypos("", nodes.size > 0 ? config : { ...config, hosts: null }, ["hosts", "elo_sync", "distributed"]);
+  yield* findTypos("elo_sync.", config.elo_sync, keysOf(ELO_SYNC_FIELDS));
+  yield* findTypos("distributed.", config.distributed, keysOf(DISTRIBUTED_FIELDS));
+  if (nodes.size === 0) yield { path: "", message: 'no hosts: add them under "hosts"' };
+  yield* findTwins(nodes.values());
+  for (const node of nodes.values()) {
+    const path = `hosts.${node.name}`;
+    yield* findTypos(`${path}.`, node.entry, keysOf(HOST_FIELDS));
+    yield* findPlaceholders(path, node.entry);
+    yield* findUnknownStatus(path, node.status.toLowerCase());
+    if (node.dataServerBaseUrl === undefined) yield { path, message: "has no address: set tailscale_ip or ssh_host" };
+  }
+  if (Object.keys(config.elo_sync ?? {}).length === 0) return;
+  const coordinator = nodes.get(eloSync.coordinator);
+  const path = "elo_sync.coordinator";
+  if (!coordinator) yield { path, message: "names a node that is not in hosts" };
+  else if (!coordinator.isActive) yield { path, message: "names a node that is not active" };
+}
+
+function keysOf(table: FieldTable): string[] {
+  return Object.values(table).map(({ key }) => key);
+}
+
+/** Keys that are like a known one which is not set. `gpus`, which is a known one with an "s", is a key that people have. */
+function* findTypos(path: string, section: unknown, known: readonly string[]): Generator<ConfigProblem> {
+  if (!isMapping(section)) return;
+  for (const key of Object.keys(section)) {
+    if (known.includes(key) || (path !== "" && known.some((it) => key === `${it}s`))) continue;
+    const meant = known.find((it) => isTypo(key, it) && isUnset(section[it]));
+    if (meant) yield { path: path + key, message: `unknown key; did you mean "${meant}"?` };
+  }
+}
+
+function* findPlaceholders(path: string, entry: HostEntry): Generator<ConfigProblem> {
+  for (const { key } of HOST_ROWS) {
+    const value = ownValue(entry, key);
+    if (typeof value !== "string" || value.trim() === "") continue;
+    const isMasked = /^(?:\S+@)?[\dx]+(?:\.[\dx]+){0,2}(?:\.x+)[\dx.]*$/i.test(value.trim());
+    if (isMasked || isUnset(value)) yield { path: `${path}.${key}`, message: "is a placeholder: put the real value" };
+  }
+}
+
+function* findUnknownStatus(path: string, status: string): Generator<ConfigProblem> {
+  const known = [...ACTIVE_STATUSES, ...INACTIVE_STATUSES];
+  if (known.includes(status)) return;
+  const meant = known.find((word) => isTypo(status, word));
+  const hint = meant ? `did you mean "${meant}"?` : `it counts as active; inactive are ${INACTIVE_STATUSES.join(", ")}`;
+  yield { path: `${path}.status`, message: `unknown status; ${hint}` };
+}
+
+/** Active nodes that share every endpoint. One machine behind several ports of a proxy is several nodes, and meant. */
+function* findTwins(nodes: Iterable<ClusterNode>): Generator<ConfigProblem> {
+  const firsts = new Map<string, string>();
+  for (const node of nodes) {
+    const key = [...dataEndpoints(node), ...sshEndpoints(node)].map((it) => endpointUrl(it)).sort().join(" ");
+    if (key === "" || !node.isActive) continue;
+    const first = firsts.get(key);
+    if (first) yield { path: `hosts.${node.name}`, message: `has the same addresses and ports as ${first}` };
+    else firsts.set(key, node.name);
+  }
+}
+
+// --- Getters ---
+
+/**
+ * All nodes by name, in the order of the inventory. A node's data port is its own `data_server_port`, else that of
+ * `distributed`, else the same one of the unified config, the YAML file that `RINGRIFT_CONFIG_PATH` names, else 8766.
+ */
+export async function getClusterNodes(source?: ConfigSource): Promise<Map<string, ClusterNode>> {
+  const { nodes, needsUnifiedPort } = await loadParsed(source);
+  const dataServerPort = needsUnifiedPort ? await unifiedPort() : undefined;
+  if (dataServerPort === undefined) return new Map(nodes);
+  const withPort = (node: ClusterNode) => hasNoPort(node) ? new ClusterNode({ ...node, dataServerPort }) : node;
+  return new Map(Array.from(nodes, ([name, node]) => [name, withPort(node)]));
+}
+
+function hasNoPort({ entry }: ClusterNode): boolean {
+  return isUnset(entry.data_server_port);
+}
+
+async function unifiedPort(): Promise<number | undefined> {
+  const variable = "RINGRIFT_CONFIG_PATH";
+  if (readVariable(variable) === undefined) return undefined;
+  const { text, origin } = await readText(undefined, variable, {});
+  return withoutProblems(origin, text, (problems) => {
+    const document = parseYaml(text);
+    const section = isMapping(document) ? document.distributed : {};
+    return parseSection<NodeDefaults>("distributed", section, DISTRIBUTED_FIELDS, problems).dataServerPort;
+  });
+}
+
+/** Whether a node's port is that of the unified config, so that the file which `RINGRIFT_CONFIG_PATH` names is read. */
+export async function readsUnifiedConfig(source?: ConfigSource): Promise<boolean> {
+  return (await loadParsed(source)).needsUnifiedPort;
+}
+
+/** The active nodes, in the order of the inventory; see {@linkcode ClusterNode.isActive}. */
+export async function getActiveNodes(source?: ConfigSource): Promise<ClusterNode[]> {
+  return selectNodes((await getClusterNodes(source)).values());
+}
+
+/** The node that `elo_sync.coordinator` names, or `undefined` if it is not in `hosts`. */
+export async function getCoordinatorNode(source?: ConfigSource): Promise<ClusterNode | undefined> {
+  const { config, eloSync } = await loadParsed(source);
+  return (await getClusterNodes(config)).get(eloSync.coordinator);
+}
+
+/** How the Elo ratings database is synchronised, with the defaults applied. */
+export async function getEloSyncConfig(source?: ConfigSource): Promise<EloSyncConfig> {
+  return (await loadParsed(source)).eloSync;
+}
+
+/** A name or an address, and a port. */
+export type CoordinatorAddress = { readonly hostname: string; readonly port: number };
+
+/** Where the coordinator's Elo database is: at the node's address, else at `RINGRIFT_COORDINATOR_IP`, if that is set. */
+export async function getCoordinatorAddress(source?: ConfigSource): Promise<CoordinatorAddress | undefined> {
+  const { nodes, eloSync: { coordinator, syncPort: port } } = await loadParsed(source);
+  const variable = "RINGRIFT_COORDINATOR_IP";
+  try {
+    const hostname = nodes.get(coordinator)?.bestIp ?? readVariable(variable);
+    return hostname === undefined ? undefined : { hostname: parseHost(hostname), port };
+  } catch (error) {
+    throw new HostsConfigError("environment", [{ path: variable, message: invalidText(error) }]);
+  }
+}
+
+// --- Selection and folding of names ---
 
 /** Which nodes {@linkcode selectNodes} keeps. What is unset does not restrict. */
 export interface NodeSelection {
-  /** Exact names, globs (`gpu-*`, `gpu-?`) and ranges (`gpu-[1-8]`, `gpu-[01-16,20]`; zero padding is significant). */
-  readonly names?: readonly string[];
+  /** Exact names, else comma lists of globs (`gpu-*`) and ranges (`gpu-[1-8]`, `gpu-[01-16,20]`, `n[0-14/2]`). */
+  readonly names?: readonly string[] | undefined;
   /** The same, for the nodes to leave out. */
-  readonly exclude?: readonly string[];
+  readonly exclude?: readonly string[] | undefined;
   /** Roles, whole, in any case. */
-  readonly roles?: readonly string[];
+  readonly roles?: readonly string[] | undefined;
   /** Statuses, whole, in any case. An inactive one that is named here is included. */
-  readonly statuses?: readonly string[];
+  readonly statuses?: readonly string[] | undefined;
   /** Parts of GPU names, in any case: `h100` finds `GH100` too. */
-  readonly gpus?: readonly string[];
-  /**
-   * Whether nodes that are not active are kept. One that `names` names exactly always is.
-   *
-   * @default {false}
-   */
-  readonly includeInactive?: boolean;
+  readonly gpus?: readonly string[] | undefined;
+  /** Keys of the host and the values that they may have, compared as text; every key has to fit. */
+  readonly where?: Readonly<Record<string, string | readonly string[]>> | undefined;
+  /** Whether nodes that are not active are kept. One that `names` names exactly always is. @default {false} */
+  readonly includeInactive?: boolean | undefined;
 }
 
-/** A JSON object that a node answered. */
-export type StatusDocument = Readonly<Record<string, unknown>>;
-
 /**
- * What a check came to: `up` (answered with a JSON object; with `check: "tcp"`, accepted), `unhealthy` (accepted, but
- * gave no usable answer), `down` (no address accepted), `unknown` (could not be checked from here).
+ * The nodes that a selection keeps, in their own order. Without a selection: the active ones. In a range, zero padding is
+ * significant: `[08-12]` is 08, 09, 10. A bracket beside a wildcard is a whole number: `*[1-3]` does not take `gpu-11`.
+ *
+ * @example A range, a role
+ * ```ts
+ * import { assertEquals } from "jsr:@std/assert@^1.0.19";
+ *
+ * const nodes = [1, 2, 3].map((number) => new ClusterNode({ name: `gpu-${number}`, role: "worker" }));
+ * const selected = selectNodes(nodes, { names: ["gpu-[2-3]"], roles: ["worker"] });
+ * assertEquals(selected.map((node) => node.name), ["gpu-2", "gpu-3"]);
+ * ```
+ *
+ * @throws {RangeError} if a pattern matches no node, or cannot be read
  */
+export function selectNodes(nodes: Iterable<ClusterNode>, selection: NodeSelection = {}): ClusterNode[] {
+  const { names, exclude, roles, statuses, gpus, where = {}, includeInactive = false } = selection;
+  const all = [...nodes];
+  const named = names && matchNames(all, names);
+  const excluded = exclude && matchNames(all, exclude).matched;
+  const includesWord = (words: readonly string[], text: string) =>
+    words.some((word) => word.toLowerCase() === text.toLowerCase());
+  const wanted = Object.entries(where).map(([key, value]) => ({ key, values: [value].flat().map(String) }));
+  return all.filter((node) =>
+    (!named || named.matched.has(node)) && !excluded?.has(node) &&
+    (!roles || includesWord(roles, node.role)) && (!statuses || includesWord(statuses, node.status)) &&
+    (!gpus || gpus.some((part) => node.gpu.toLowerCase().includes(part.toLowerCase()))) &&
+    wanted.every(({ key, values }) => valuesOf(node, key).some((value) => values.includes(String(value)))) &&
+    (includeInactive || node.isActive || named?.exact.has(node) || statuses !== undefined)
+  );
+}
+
+/** What a host has under a key, its own or a known one: several values, if it is a list. */
+function valuesOf(node: ClusterNode, key: string): unknown[] {
+  const own = ownValue(node.entry, key);
+  const field = HOST_ROWS.find((row) => row.key === key)?.name as keyof ClusterNode | undefined;
+  return [isUnset(own) && field ? node[field] : own].flat().filter((value) => !isUnset(value));
+}
+
+function matchNames(nodes: readonly ClusterNode[], patterns: readonly string[]) {
+  const byName = new Map(nodes.map((node) => [node.name, node]));
+  const [matched, exact] = [new Set<ClusterNode>(), new Set<ClusterNode>()];
+  const unmatched: string[] = [];
+  for (const element of patterns.flatMap((pattern) => byName.has(pattern) ? pattern : splitList(pattern))) {
+    const node = byName.get(element);
+    if (node) exact.add(node);
+    const matches = compilePattern(node ? "*" : element);
+    const found = node ? [node] : nodes.filter(({ name }) => matches(name));
+    if (found.length === 0) unmatched.push(element);
+    for (const each of found) matched.add(each);
+  }
+  if (unmatched.length === 0) return { matched, exact };
+  const list = unmatched.map((element) => {
+    const meant = didYouMean(element, byName.keys());
+    return JSON.stringify(element) + (meant ? ` (did you mean ${JSON.stringify(meant)}?)` : "");
+  });
+  throw new RangeError(`No node matches ${list.join(", ")}`);
+}
+
+/** The elements of a comma list. A comma in brackets separates ranges, not names. */
+function splitList(list: string): string[] {
+  const elements = list.split(/,(?![^[\]]*\])/).map((element) => element.trim()).filter((element) => element !== "");
+  return elements.length > 0 ? elements : [list];
+}
+
+/** Whether a part of a pattern fits a name from `at` on to an end from which the rest fits too. */
+type PatternPart = (name: string, at: number, restFits: (end: number) => boolean) => boolean;
+
+/** Whether a name fits a glob with ranges. Exported for the tests. */
+export function compilePattern(pattern: string): (name: string) => boolean {
+  const tokens = pattern.match(/\[[^\]]*\]?|\*+|\?|[^[*?]+/gs) ?? [];
+  const isWildcard = (token = "") => /^[*?]/.test(token);
+  const parts = tokens.map((token, index): PatternPart => {
+    try {
+      const isBracket = token.startsWith("[");
+      if (isBracket !== token.includes("]")) invalid(isBracket ? '"[" without "]"' : '"]" without "["');
+      if (!isBracket) return textPart(token);
+      return numberPart(token.slice(1, -1), isWildcard(tokens[index - 1]), isWildcard(tokens[index + 1]));
+    } catch (error) {
+      const at = tokens.slice(0, index).join("").length + Math.max(0, token.search(/^\[|\]/)) + 1;
+      const reason = `${invalidText(error)} at character ${at}, as in gpu-[1-8,12]`;
+      throw new RangeError(`Cannot read ${JSON.stringify(pattern)}: ${reason}`);
+    }
+  });
+  const fits = (index: number, name: string, at: number): boolean =>
+    parts[index]?.(name, at, (end) => fits(index + 1, name, end)) ?? at === name.length;
+  return (name) => fits(0, name, 0);
+}
+
+function textPart(text: string): PatternPart {
+  if (text === "?") return (name, at, fits) => at < name.length && fits(at + (name.codePointAt(at)! > 0xffff ? 2 : 1));
+  if (!text.startsWith("*")) return (name, at, restFits) => name.startsWith(text, at) && restFits(at + text.length);
+  return (name, at, restFits) => {
+    let end = at;
+    while (end <= name.length && !restFits(end)) end++;
+    return end <= name.length;
+  };
+}
+
+/** Numbers, which may be bound not to have a digit beside them. */
+function numberPart(list: string, isWholeBefore: boolean, isWholeBehind: boolean): PatternPart {
+  const ranges = list.split(",").map(parseRange);
+  const isDigit = (name: string, at: number) => name[at]! >= "0" && name[at]! <= "9";
+  return (name, at, restFits) => {
+    if (isWholeBefore && isDigit(name, at - 1)) return false;
+    for (let end = at + 1; isDigit(name, end - 1); end++) {
+      if (isWholeBehind && isDigit(name, end)) continue;
+      const digits = name.slice(at, end);
+      if (ranges.some((has) => has(digits)) && restFits(end)) return true;
+    }
+    return false;
+  };
+}
+
+/** The test whether a number is in a range, as in Slurm: [08-12] is 08, 09, 10 …, [8-12] is 8, 9, 10 …. */
+function parseRange(text: string): (digits: string) => boolean {
+  const [, from = "", to = from, by = "1"] = /^\s*(\d+)(?:\s*-\s*(\d+)(?:\s*\/\s*(\d+))?)?\s*$/.exec(text) ?? [];
+  const [first, last, step] = [Number(from), Number(to), Number(by)];
+  const width = /^0\d/.test(from) ? from.length : 1;
+  // [1-044] is neither.
+  const isMixed = to.length < width || (/^0\d/.test(to) && to.length !== width);
+  if (from === "" || isMixed || first > last || step < 1) invalid("expected numbers and ranges in the brackets");
+  return (digits) => {
+    const number = Number(digits);
+    const isInRange = number >= first && number <= last && (number - first) % step === 0;
+    return isInRange && (digits.length === width || (digits.length > width && digits[0] !== "0"));
+  };
+}
+
+/** Names as one list, which a name pattern takes back whole: `n[1-3].dc1,head`. Widths are never mixed. */
+export function foldNames(names: Iterable<string>): string {
+  const candidates = Array.from(new Set(names), foldCandidates);
+  const rivals = Map.groupBy(candidates.flat(), ({ key }) => key);
+  // The largest group; among equals the first candidate.
+  const larger = (a: FoldCandidate, b: FoldCandidate) => rivals.get(b.key)!.length > rivals.get(a.key)!.length ? b : a;
+  const groups = Map.groupBy(candidates.map((each) => each.reduce(larger)), ({ key }) => key);
+  return Array.from(groups.values(), (group) => {
+    const { before, digits, behind } = group[0]!;
+    const numbers = group.length < 2 ? digits : `[${foldNumbers(group.map(({ digits }) => digits))}]`;
+    return before + numbers + behind;
+  }).join(",");
+}
+
+/** A name around one of its numbers. The key is the same for all that can be folded together at that number. */
+type FoldCandidate = {
+  readonly key: string;
+  readonly before: string;
+  readonly digits: string;
+  readonly behind: string;
+};
+
+/** Each number of a name that could be the one that varies, the last first; at the end the name as it is. */
+function foldCandidates(name: string): FoldCandidate[] {
+  // In a range, these characters would mean something else.
+  const numbers = /[[\],*?]/.test(name) ? [] : [...name.matchAll(/(?<!\d)\d{1,15}(?!\d)/g)];
+  const candidates = numbers.reverse().flatMap(({ 0: digits, index }) => {
+    const [before, behind] = [name.slice(0, index), name.slice(index + digits.length)];
+    // 10 may stand among 8 and 9, or among 08 and 09; 08 among the latter alone.
+    const widths = /^0\d/.test(digits) ? [digits.length] : [0, digits.length];
+    return widths.map((width) => ({ key: JSON.stringify([before, behind, width]), before, digits, behind }));
+  });
+  return [...candidates, { key: JSON.stringify(name), before: name, digits: "", behind: "" }];
+}
+
+function foldNumbers(numbers: readonly string[]): string {
+  const runs: [string, string][] = [];
+  for (const number of numbers.toSorted((a, b) => Number(a) - Number(b))) {
+    const run = runs.at(-1);
+    if (run && Number(number) === Number(run[1]) + 1) run[1] = number;
+    else runs.push([number, number]);
+  }
+  return runs.map(([first, last]) => first === last ? first : `${first}-${last}`).join(",");
+}
+
+// --- Endpoints ---
+
+/** One place that a node may be reached at. */
+export interface Endpoint {
+  /** What is spoken there. */
+  readonly protocol: "http" | "https" | "ssh";
+  /** A name or an address, without brackets. */
+  readonly host: string;
+  /** The port. */
+  readonly port: number;
+  /** The path below which the server's own begin: `/data`, or empty. */
+  readonly path: string;
+}
+
+/** The endpoints of a node's data server: each address at `port`; without one `dataServerUrl`, else `dataServerPort`. */
+export function dataEndpoints(node: ClusterNode, port?: number): Endpoint[] {
+  const { addresses, dataServerPort, dataServerUrl } = node;
+  if (port !== undefined || dataServerUrl === undefined) {
+    return addresses.map((host) => ({ protocol: "http", host, port: port ?? dataServerPort, path: "" }));
+  }
+  const { protocol, hostname, port: written, pathname } = new URL(dataServerUrl);
+  return [{
+    protocol: protocol === "https:" ? "https" : "http",
+    host: withoutBrackets(hostname),
+    port: Number(written) || DEFAULT_PORTS[protocol]!,
+    path: pathname.replace(/\/$/, ""),
+  }];
+}
+
+/** The endpoints of a node's sshd, best first. A port other than 22 is mostly that of a proxy or NAT before `sshHost`. */
+export function sshEndpoints({ addresses, sshPort }: ClusterNode): Endpoint[] {
+  const [first, second] = addresses;
+  const at = (host: string, port: number): Endpoint => ({ protocol: "ssh", host, port, path: "" });
+  if (first === undefined || second === undefined) return addresses.map((host) => at(host, sshPort));
+  return sshPort === 22 ? [at(first, 22), at(second, 22)] : [at(second, sshPort), at(first, sshPort), at(first, 22)];
+}
+
+/** The URL of a path at an endpoint, without the protocol's own port: `http://100.64.0.1:8766/status`. */
+export function endpointUrl({ protocol, host, port, path: base }: Endpoint, path = ""): string {
+  const authority = hostPort(host, port);
+  const isDefault = DEFAULT_PORTS[`${protocol}:`] === port;
+  return `${protocol}://${isDefault ? authority.replace(/:\d+$/, "") : authority}${base}${path}`;
+}
+
+/** `host:port`, an IPv6 address in brackets. */
+export function hostPort(host: string, port: number): string {
+  return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+/** The path that a check asks for: the one given, else `statusPath` at the port of the data server, else `/status`. */
+export function statusPath(node: ClusterNode, { port, path }: Pick<ProbeOptions, "port" | "path"> = {}): string {
+  const isDataServer = port === undefined || port === (dataEndpoints(node)[0]?.port ?? node.dataServerPort);
+  return path ?? (isDataServer ? node.statusPath : "/status");
+}
+
+// --- Permissions ---
+
+/** Deno's flag that lets endpoints be contacted: `--allow-net=a:1,b:2`; without a list, if that would not fit. */
+export function netFlag(endpoints: Iterable<Endpoint>): string {
+  const list = [...new Set(Array.from(endpoints, ({ host, port }) => hostPort(host, port)))].join(",");
+  // Linux refuses a single argument of 128 KiB.
+  return list.length > 100_000 ? "--allow-net" : `--allow-net=${list}`;
+}
+
+/** The flag with which the checks that were denied can be done, or `undefined` if none was. */
+export function missingNetFlag(probes: Iterable<NodeProbe>): string | undefined {
+  const missing = [...probes].filter(({ failure }) => failure?.code === "denied").flatMap(({ endpoints }) => endpoints);
+  // Past this, nobody reads or types the list; the command line's `permissions` prints it.
+  return missing.length === 0 ? undefined : missing.length > 64 ? "--allow-net" : netFlag(missing);
+}
+
+function throwIfDenied(probes: Iterable<NodeProbe>): void {
+  const flag = missingNetFlag(probes);
+  if (flag) throw denied("net access", flag);
+}
+
+function requireNet(host: string, port: number): void {
+  if (!isNetGranted(host, port)) throw denied("net access", `--allow-net=${hostPort(host, port)}`);
+}
+
+function isNetGranted(host: string, port: number): boolean {
+  try {
+    return Deno.permissions.querySync({ name: "net", host: hostPort(host, port) }).state === "granted";
+  } catch {
+    // Not a host that Deno can parse: let the connection say so.
+    return true;
+  }
+}
+
+// --- One probe ---
+
+/** A JSON object that a node answered. What RingRift's servers send is typed; only that it is an object is checked. */
+export interface StatusDocument {
+  /** The version of the service. */
+  readonly version?: string;
+  /** The number of games in its database. */
+  readonly game_count?: number;
+  /** What else the server sends. */
+  readonly [key: string]: unknown;
+}
+
+/** `up`; `unhealthy`: accepted, but gave no usable answer; `down`: no address accepted; `unknown`: could not be checked. */
 export type NodeState = "up" | "unhealthy" | "down" | "unknown";
 
 /** Why a node is not up. `denied` and `local-resource` are faults of this side: the node's state is `unknown`. */
@@ -321,7 +1227,7 @@ export type FailureCode =
 export interface ProbeFailure {
   /** The reason, for programs. */
   readonly code: FailureCode;
-  /** The reason, for people. It may hold text from the node: escape it before a terminal sees it. */
+  /** More than the code, for people. It may hold text from the node: escape it before a terminal sees it. */
   readonly message: string;
 }
 
@@ -331,2008 +1237,1145 @@ export interface NodeProbe {
   readonly node: ClusterNode;
   /** What the check came to. */
   readonly state: NodeState;
-  /** The address that accepted, as configured; `undefined` where none did. */
+  /** The host of the endpoint that accepted, as configured; `undefined` if none did. */
   readonly address: string | undefined;
   /** The port that was checked. */
   readonly port: number;
-  /** Milliseconds until that address accepted; `undefined` where none did. */
+  /** Milliseconds until that endpoint accepted; `undefined` if none did. */
   readonly connectMs: number | undefined;
-  /** The JSON object that the node answered, where it is up and was asked over HTTP. */
+  /** Milliseconds until the answer was whole; `undefined` if none came, and with `check: "tcp"`. */
+  readonly responseMs: number | undefined;
+  /** The JSON object that the node answered. */
   readonly status: StatusDocument | undefined;
   /** Why the node is not up. */
   readonly failure: ProbeFailure | undefined;
+  /** The endpoint that the outcome is about; `undefined` if the node has none. */
+  readonly endpoint: Endpoint | undefined;
+  /** Every endpoint that the check may contact. */
+  readonly endpoints: readonly Endpoint[];
 }
 
-/** A node that is up, as {@linkcode discoverReachableNodes} gives it. */
-export interface ReachableNode {
-  /** The node. */
-  readonly node: ClusterNode;
-  /** The JSON object that it answered; empty with `check: "tcp"`. */
-  readonly status: StatusDocument;
-  /** The address that answered. */
-  readonly address: string;
-  /** Milliseconds until it accepted. */
-  readonly connectMs: number;
-}
-
-/** Options of {@linkcode checkHttpEndpoint}. */
-export interface HttpCheckOptions {
-  /**
-   * The path to ask for.
-   *
-   * @default {"/status"}
-   */
-  readonly path?: string;
-  /**
-   * One deadline for all that is done for a node, in milliseconds.
-   *
-   * @default {5000}
-   */
-  readonly timeoutMs?: number;
+/** Options of {@linkcode probeNode}. */
+export interface ProbeOptions {
+  /** The port to check, at each address. @default {node.dataServerPort} */
+  readonly port?: number | undefined;
+  /** The path to ask for; see {@linkcode statusPath}. @default {node.statusPath} */
+  readonly path?: string | undefined;
+  /** Whether a node has to answer over HTTP, or to accept a TCP connection alone. @default {"http"} */
+  readonly check?: "http" | "tcp" | undefined;
+  /** One deadline for all that is done for a node, in milliseconds. @default {5000} */
+  readonly timeoutMs?: number | undefined;
   /** Aborts the whole call, which then rejects with the signal's reason. */
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Options of {@linkcode probeNode} and {@linkcode checkNodeReachable}. */
-export interface ProbeOptions extends HttpCheckOptions {
-  /**
-   * The port to check.
-   *
-   * @default {node.dataServerPort}
-   */
-  readonly port?: number | undefined;
-  /**
-   * Whether a node has to answer a JSON object over HTTP, or only to accept a TCP connection.
-   *
-   * @default {"http"}
-   */
-  readonly check?: "http" | "tcp";
+type ProbeSettings = ReturnType<typeof probeSettings>;
+
+function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs }: ProbeOptions) {
+  const fault = unsupportedDeno();
+  if (fault) throw new Error(fault);
+  if (port !== undefined) requireValid("port", port, parsePort);
+  if (path !== undefined) requireValid("path", path, parsePath);
+  if (![undefined, "http", "tcp"].includes(check)) throw new TypeError('Cannot check so: expected "http" or "tcp"');
+  requireDuration("timeoutMs", timeoutMs);
+  // If every host may be connected to, thousands need no query of their own.
+  const isNetOpen = Deno.permissions.querySync({ name: "net" }).state === "granted";
+  return { port, path, check, timeoutMs, isNetOpen };
 }
+
+/** Holds an option to the parser of the inventory's field, and to its type. */
+function requireValid<T>(name: string, value: T, parseValue: (value: unknown) => T): void {
+  const fault = `Cannot use ${name} ${JSON.stringify(value)}: `;
+  try {
+    if (parseValue(value) !== value) throw new TypeError(`${fault}expected another type, or no blanks and brackets`);
+  } catch (error) {
+    const message = fault + invalidText(error).replace(/, got .*/, "");
+    throw typeof value === "number" ? new RangeError(message) : new TypeError(message);
+  }
+}
+
+function requireDuration(name: string, ms: number): void {
+  // A longer delay overflows the timer, which then fires at once.
+  if (ms > 0 && ms < 2 ** 31) return;
+  throw new RangeError(`Cannot use ${name} ${ms}: expected milliseconds above 0 and below 2 ** 31`);
+}
+
+function requireCount(name: string, count: number, least: number, most = 2 ** 31): void {
+  if (Number.isInteger(count) && count >= least && count <= most) return;
+  throw new RangeError(`Cannot use ${name} ${count}: expected an integer from ${least} to ${most}`);
+}
+
+const STATE_RANK: Readonly<Record<NodeState, number>> = { up: 3, unhealthy: 2, unknown: 1, down: 0 };
+
+/** Checks one node until its deadline, or until `controller` is aborted with a {@linkcode timeoutError}. */
+async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: AbortController): Promise<NodeProbe> {
+  const unchecked = uncheckedProbe(node, settings.port);
+  const path = statusPath(node, settings);
+  const timer = setTimeout(() => controller.abort(timeoutError(settings.timeoutMs)), settings.timeoutMs);
+  try {
+    const attempt = async (endpoint: Endpoint): Promise<NodeProbe> => {
+      const outcome = await probeEndpoint(endpoint, path, settings, controller.signal);
+      return { ...unchecked, endpoint, port: endpoint.port, ...outcome };
+    };
+    const outcomes = await raceEndpoints(unchecked.endpoints, attempt, ({ state }) => state === "up", controller);
+    const [best = unchecked] = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state]);
+    if (outcomes.length < 2 || best.connectMs !== undefined) return best;
+    const messages = outcomes.map((it) => `${hostPort(it.endpoint!.host, it.port)}: ${it.failure!.message}`);
+    return { ...best, failure: { code: best.failure!.code, message: messages.join("; ") } };
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** What there is to say of a node that was not checked, for want of an address. */
+function uncheckedProbe(node: ClusterNode, wantedPort: number | undefined): NodeProbe {
+  const endpoints = dataEndpoints(node, wantedPort);
+  const [endpoint] = endpoints;
+  const port = endpoint?.port ?? wantedPort ?? node.dataServerPort;
+  const failure = { code: "no-address", message: "set tailscale_ip or ssh_host" } as const;
+  const nothing = { address: undefined, connectMs: undefined, responseMs: undefined, status: undefined };
+  return { node, state: "down", ...nothing, port, failure, endpoint, endpoints };
+}
+
+function timeoutError(ms: number): DOMException {
+  return new DOMException(formatMs(ms), "TimeoutError");
+}
+
+/** `250 ms`, `1.5 s`, `60 s`. */
+function formatMs(ms: number): string {
+  return ms < 1000 ? `${Math.round(ms)} ms` : `${Number((ms / 1000).toFixed(2))} s`;
+}
+
+/** Tries endpoints best first, the next one at a failure or after a moment, until one wins; gives the outcomes. */
+async function raceEndpoints<T>(
+  endpoints: readonly Endpoint[],
+  attempt: (endpoint: Endpoint) => Promise<T>,
+  hasWon: (outcome: T) => boolean,
+  controller: AbortController,
+): Promise<T[]> {
+  if (endpoints.length === 1) return [await attempt(endpoints[0]!)];
+  const attempts: Promise<T>[] = [];
+  for (const endpoint of endpoints) {
+    if (controller.signal.aborted) break;
+    const outcome = attempt(endpoint).then((outcome) => {
+      if (hasWon(outcome)) controller.abort();
+      return outcome;
+    });
+    attempts.push(outcome);
+    if (attempts.length < endpoints.length) await settledOrAfter(outcome, FALLBACK_DELAY_MS);
+  }
+  return await Promise.all(attempts);
+}
+
+async function settledOrAfter(promise: Promise<unknown>, ms: number): Promise<void> {
+  const { promise: late, resolve } = Promise.withResolvers<void>();
+  const timer = setTimeout(resolve, ms);
+  await Promise.race([promise, late]).finally(() => clearTimeout(timer));
+}
+
+async function probeEndpoint(
+  endpoint: Endpoint,
+  path: string,
+  { check, isNetOpen }: ProbeSettings,
+  signal: AbortSignal,
+): Promise<Partial<NodeProbe>> {
+  const { host, port } = endpoint;
+  const started = performance.now();
+  let accepted: { address: string; connectMs: number } | undefined;
+  try {
+    if (!isNetOpen) requireNet(host, port);
+    const conn = await connect(endpoint, signal);
+    accepted = { address: host, connectMs: performance.now() - started };
+    if (check === "tcp") {
+      conn.close();
+      return { state: "up", ...accepted, failure: undefined };
+    }
+    const status = await requestStatus(conn, endpoint, path, signal);
+    return { state: "up", ...accepted, responseMs: performance.now() - started, status, failure: undefined };
+  } catch (error) {
+    const fault = signal.aborted && !(error instanceof ProbeFault) ? signal.reason : error;
+    const failure = probeFailure(fault, accepted && endpoint.path + path);
+    const isLocal = failure.code === "denied" || failure.code === "local-resource";
+    return { state: accepted ? "unhealthy" : isLocal ? "unknown" : "down", ...accepted, failure };
+  }
+}
+
+/** Connects by the name, if it is one: Deno races its addresses, and the permission is the one for the name. */
+async function connect({ host, port }: Endpoint, signal: AbortSignal): Promise<Deno.TcpConn> {
+  if (!isAddress(host)) await lookUp(host, port, signal);
+  return await Deno.connect({ hostname: host, port, signal });
+}
+
+function isAddress(host: string): boolean {
+  return host.includes(":") || /^\d+\.\d+\.\d+\.\d+$/.test(host);
+}
+
+let lookupsRunning = 0;
+const lookupsWaiting = new Set<() => void>();
+
+/** Waits for a name's lookup. One occupies a thread until it ends, even after the deadline, and keeps its turn so long. */
+async function lookUp(name: string, port: number, signal: AbortSignal): Promise<void> {
+  // Loaded for names alone: it doubles the time that a program takes to start.
+  const { lookup } = await import("node:dns");
+  const { promise, resolve, reject } = Promise.withResolvers<void>();
+  const start = () => {
+    lookupsRunning++;
+    // Deno checks the net permission of exactly this port, if it is given.
+    lookup(name, { all: true, port } as { all: true }, (error) => {
+      lookupsRunning--;
+      const [next] = lookupsWaiting;
+      lookupsWaiting.delete(next!);
+      next?.();
+      if (error) reject(new ProbeFault("dns", `the name does not resolve (${error.code ?? error.message})`));
+      else resolve();
+    });
+  };
+  const abort = () => {
+    const hasWaited = lookupsWaiting.delete(start);
+    if (hasWaited) reject(new ProbeFault("local-resource", `its lookup had no turn: ${MAX_LOOKUPS} other names hang`));
+    else reject(new ProbeFault("timeout", "the name lookup did not end in time"));
+  };
+  if (lookupsRunning < MAX_LOOKUPS) start();
+  else lookupsWaiting.add(start);
+  signal.addEventListener("abort", abort);
+  if (signal.aborted) abort();
+  await promise;
+}
+
+/** A failed check whose reason is known at the place where it is found. */
+class ProbeFault extends Error {
+  constructor(readonly code: FailureCode, message: string) {
+    super(message);
+  }
+}
+
+const NO_DESCRIPTORS = "this machine ran out of descriptors";
+
+/** What the system says of a connection that cannot be made. */
+const CONNECT_FAILURES: readonly (readonly [FailureCode, string, ...string[]])[] = [
+  ["refused", "nothing listens on the port", "ECONNREFUSED"],
+  ["unreachable", "no route to the host", "ENETUNREACH", "EHOSTUNREACH"],
+  ["unreachable", "blocked by a route or a firewall of this machine", "EACCES", "EPERM", "EINVAL"],
+  ["timeout", "the system gave up connecting", "ETIMEDOUT"],
+  ["local-resource", NO_DESCRIPTORS, "EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"],
+  ["local-resource", "this machine has no local address or port left for it", "EADDRNOTAVAIL"],
+];
+
+/** What a fault means: of the connection, or of the answer, if there is a path; the usual path is not named. */
+function probeFailure(error: unknown, path?: string): ProbeFailure {
+  const text = errorText(error);
+  const failure = (code: FailureCode, message: string): ProbeFailure => {
+    return { code, message: path === undefined || path === "/status" ? message : `${message} at ${path}` };
+  };
+  if (error instanceof ProbeFault) return failure(error.code, text);
+  if (error instanceof DOMException && error.name === "TimeoutError") {
+    return failure("timeout", `${path === undefined ? "no connection" : "accepted, but no answer"} within ${text}`);
+  }
+  if (path !== undefined) return failure("bad-response", tlsFault(error) ?? `the connection broke (${text})`);
+  if (error instanceof Deno.errors.NotCapable) return failure("denied", text);
+  const known = CONNECT_FAILURES.find(([, , ...codes]) => codes.includes((error as { code: string }).code));
+  if (known) return failure(known[0], known[1]);
+  return /failed to lookup address/.test(text) ? failure("dns", "the name does not resolve") : failure("other", text);
+}
+
+// --- The HTTP answer ---
+
+/** One GET. `fetch` would obey proxies of the environment; `node:http` takes twice the time and memory. */
+async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint, path: string, signal: AbortSignal) {
+  const { protocol, host, port, path: base } = endpoint;
+  let conn: Deno.Conn = tcp;
+  // What is closed already, or was taken over by a TLS handshake, may be disposed of again.
+  const close = () => conn[Symbol.dispose]();
+  // Closing the connection is what ends a read that never returns.
+  signal.addEventListener("abort", close);
+  try {
+    if (protocol === "https") conn = await Deno.startTls(tcp, { hostname: host });
+    signal.throwIfAborted();
+    const request = new TextEncoder().encode(
+      `GET ${base}${path} HTTP/1.1\r\nHost: ${hostPort(host, port)}\r\nAccept: application/json\r\n` +
+        "Accept-Encoding: identity\r\nUser-Agent: cluster-hosts\r\nConnection: close\r\n\r\n",
+    );
+    for (let sent = 0; sent < request.length;) sent += await conn.write(request.subarray(sent));
+    return await readAnswer(new ResponseReader(conn), path === "/status");
+  } finally {
+    close();
+  }
+}
+
+/** Reads an answer. A status page has to be a JSON object; at any other path, a whole answer is enough. */
+async function readAnswer(reader: ResponseReader, isStatusPage: boolean): Promise<StatusDocument | undefined> {
+  const { status, headers } = await readHead(reader);
+  if (status >= 300 && status < 400) {
+    const location = headers.get("location");
+    throw new ProbeFault("redirect", `HTTP ${status}${location ? `, to ${location.slice(0, 200)}` : ""}`);
+  }
+  if (status < 200 || status >= 300) throw new ProbeFault("http-status", `HTTP ${status}`);
+  const isEmpty = status === 204 || status === 205;
+  if (isStatusPage && isEmpty) throw badResponse(`HTTP ${status}, without a body`);
+  const encoding = headers.get("content-encoding")?.toLowerCase() ?? "identity";
+  if (isStatusPage && encoding !== "identity") throw badResponse("the answer is compressed, which was not asked for");
+  const body = isEmpty ? new Uint8Array() : await readBody(reader, headers);
+  try {
+    return parseStatus(body);
+  } catch (error) {
+    if (isStatusPage) throw error;
+  }
+}
+
+function badResponse(message: string): ProbeFault {
+  return new ProbeFault("bad-response", message);
+}
+
+function tooLarge(what: string, maxBytes: number): ProbeFault {
+  return new ProbeFault("too-large", `${what} is larger than ${maxBytes} bytes`);
+}
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+const LATIN1 = new TextDecoder("latin1");
+
+/** Reads an answer piece by piece, never more than it may have. Exported for the tests. */
+export class ResponseReader {
+  /** What was read and not taken yet. Behind it, its buffer has room for more. */
+  pending: Bytes = new Uint8Array(2048).subarray(0, 0);
+
+  constructor(readonly conn: Pick<Deno.Conn, "read">) {}
+
+  /** Reads once; `false` at the end of the stream. */
+  async fill(): Promise<boolean> {
+    const { pending } = this;
+    if (pending.byteOffset + pending.length === pending.buffer.byteLength) {
+      const larger = new Uint8Array(Math.max(pending.buffer.byteLength, 2 * pending.length));
+      larger.set(pending);
+      this.pending = larger.subarray(0, pending.length);
+    }
+    const { buffer, byteOffset, length } = this.pending;
+    const count = await this.conn.read(new Uint8Array(buffer, byteOffset + length));
+    this.pending = new Uint8Array(buffer, byteOffset, length + (count ?? 0));
+    return count !== null;
+  }
+
+  /** Takes `length` bytes, which are valid until the next read. */
+  async take(length: number): Promise<Bytes> {
+    while (this.pending.length < length) await this.#fillOrFail();
+    const taken = this.pending.subarray(0, length);
+    this.pending = this.pending.subarray(length);
+    return taken;
+  }
+
+  async #fillOrFail(): Promise<void> {
+    if (!await this.fill()) throw badResponse("the answer ended before it was complete");
+  }
+
+  /** Takes a line of at most so many bytes, without its end; a longer one belongs to a head that is too large. */
+  async line(maxBytes: number, tooLong = () => tooLarge("the head of the answer", MAX_HEAD_BYTES)): Promise<string> {
+    for (let searched = 0;;) {
+      const at = this.pending.indexOf(10, searched);
+      searched = this.pending.length;
+      if (at > maxBytes || (at < 0 && searched > maxBytes)) throw tooLong();
+      if (at >= 0) return LATIN1.decode(await this.take(at + 1)).trimEnd();
+      await this.#fillOrFail();
+    }
+  }
+
+  /** Takes all that comes until the stream ends. */
+  async rest(): Promise<Bytes> {
+    while (await this.fill()) if (this.pending.length > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
+    return await this.take(this.pending.length);
+  }
+}
+
+/** Reads the head that counts: answers 1xx may come before it, and share its limit. Exported for the tests. */
+export async function readHead(reader: ResponseReader): Promise<{ status: number; headers: Map<string, string> }> {
+  for (let budget = MAX_HEAD_BYTES;;) {
+    await requireHttp(reader);
+    const headers = new Map<string, string>();
+    const start = await reader.line(budget);
+    budget -= start.length;
+    const status = Number(/^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(start)?.[1]);
+    if (!status) throw badResponse("the answer is not HTTP/1");
+    for (let line; (line = await reader.line(budget)) !== ""; budget -= line.length + 2) addHeader(headers, line);
+    if (status >= 200) return { status, headers };
+  }
+}
+
+/** Refuses what is not HTTP at its first byte that differs, however few come. */
+async function requireHttp(reader: ResponseReader): Promise<void> {
+  for (;;) {
+    const start = LATIN1.decode(reader.pending.subarray(0, 5));
+    if (!"HTTP/".startsWith(start)) throw badResponse("the answer is not HTTP");
+    if (start.length === 5) return;
+    if (!await reader.fill()) throw badResponse("the connection was closed without an answer");
+  }
+}
+
+function addHeader(headers: Map<string, string>, line: string): void {
+  const colon = line.indexOf(":");
+  if (colon <= 0) return;
+  const [name, value] = [line.slice(0, colon).toLowerCase(), line.slice(colon + 1).trim()];
+  const isOther = name === "content-length" && (headers.get(name) ?? value) !== value;
+  if (isOther) throw badResponse("two Content-Length that differ");
+  headers.set(name, value);
+}
+
+/** Reads a body whose end its headers tell, or else the end of the stream. Exported for the tests. */
+export async function readBody(reader: ResponseReader, headers: ReadonlyMap<string, string>): Promise<Bytes> {
+  const transfer = headers.get("transfer-encoding")?.toLowerCase() ?? "identity";
+  if (transfer === "chunked") return await readChunks(reader);
+  if (transfer !== "identity") throw badResponse("an unknown transfer encoding");
+  const length = headers.get("content-length");
+  if (length === undefined) return await reader.rest();
+  if (!/^\d+$/.test(length)) throw badResponse("invalid Content-Length");
+  if (Number(length) > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
+  return await reader.take(Number(length));
+}
+
+/** Reads a body that comes in chunks. Exported for the tests. */
+export async function readChunks(reader: ResponseReader): Promise<Bytes> {
+  const chunks: Bytes[] = [];
+  const noSize = () => badResponse("a chunk without a size, or longer than it");
+  for (let total = 0;;) {
+    const digits = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.line(1024, noSize))?.[1];
+    if (!digits) throw noSize();
+    const size = parseInt(digits, 16);
+    total += size;
+    if (total > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
+    if (size === 0) return new Uint8Array(await new Blob(chunks).arrayBuffer());
+    chunks.push((await reader.take(size)).slice());
+    if (await reader.line(2, noSize) !== "") throw noSize();
+  }
+}
+
+function parseStatus(body: Bytes): StatusDocument {
+  let document: unknown;
+  try {
+    document = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(body));
+  } catch {
+    throw badResponse("the answer is not JSON");
+  }
+  if (!isMapping(document)) throw badResponse(`the answer is JSON, but ${typeName(document)}, not an object`);
+  if (isDeep(document, MAX_STATUS_DEPTH)) throw badResponse("the answer is nested too deeply");
+  return document;
+}
+
+/** Whether there are more levels than these. What JSON.parse takes can be too deep to be written again. */
+function isDeep(value: unknown, levels: number): boolean {
+  if (typeof value !== "object" || value === null) return false;
+  return levels === 0 || Object.values(value).some((child) => isDeep(child, levels - 1));
+}
+
+// --- Many probes ---
 
 /** Options of {@linkcode probeNodes}. */
 export interface SweepOptions extends ProbeOptions {
-  /**
-   * How many nodes are checked at once.
-   *
-   * @default {1024}
-   */
-  readonly concurrency?: number;
+  /** How many nodes may be under way at once; started in a ramp, fewer if descriptors run out. @default {10000} */
+  readonly concurrency?: number | undefined;
   /** Called with each outcome as soon as it is known. What it throws rejects the call. */
   readonly onProbe?: ((probe: NodeProbe) => void) | undefined;
 }
 
-/** Options of {@linkcode discoverReachableNodes}. */
-export interface DiscoverOptions extends SweepOptions {
-  /**
-   * The inventory.
-   *
-   * @default {DEFAULT_CONFIG_PATH}
-   */
-  readonly source?: ConfigSource | undefined;
-  /** Which nodes to check. All active ones where unset. */
-  readonly selection?: NodeSelection | undefined;
-}
+/** Probes nodes: few at once if they answer at once, which is fastest, else all that there are descriptors for. */
+class ProbePool {
+  isOver = false;
+  readonly #settings: ProbeSettings;
+  readonly #done = Promise.withResolvers<void>();
+  readonly #running = new Set<AbortController>();
+  readonly #timers = new Set<ReturnType<typeof setTimeout>>();
+  /** The indexes of the nodes; those from `#next` on have yet to be probed. */
+  readonly #queue: number[];
+  #next = 0;
+  /** How many nodes may be under way now, and at most. */
+  #limit: number;
+  #maxLimit: number;
+  #startsLeft = MAX_STARTS;
+  #endedLately = 0;
+  #isRamping = false;
 
-/** Options of {@linkcode getDataSyncUrls}. */
-export interface DataSyncUrlOptions extends Omit<DiscoverOptions, "port" | "path" | "check"> {
-  /**
-   * Whether this host itself is left out.
-   *
-   * @default {true}
-   */
-  readonly excludeSelf?: boolean;
-  /**
-   * Whether only nodes that are up are given. Otherwise nothing is checked, and each node is given at its best address.
-   *
-   * @default {true}
-   */
-  readonly reachableOnly?: boolean;
-}
-
-/** Options of {@linkcode getSyncUrls} and {@linkcode getEloSyncUrls}. */
-export interface SyncUrlOptions extends Omit<DataSyncUrlOptions, "excludeSelf"> {
-  /**
-   * The port of the URLs, which is also the one that is checked.
-   *
-   * @default {8766}
-   */
-  readonly port?: number | undefined;
-  /**
-   * The path of the URLs. What is checked is always `/status`.
-   *
-   * @default {"/db"}
-   */
-  readonly path?: string;
-  /**
-   * Whether this host itself is left out.
-   *
-   * @default {false}
-   */
-  readonly excludeSelf?: boolean;
-}
-
-/** Options of {@linkcode sshCommand}. */
-export interface SshOptions {
-  /**
-   * The user to log in as.
-   *
-   * @default {node.sshUser}
-   */
-  readonly user?: string | undefined;
-  /**
-   * How long ssh may take to connect, in milliseconds, rounded up to a second.
-   *
-   * @default {10000}
-   */
-  readonly connectTimeoutMs?: number;
-  /** Further options as `ssh_config(5)` names them, `KEY=VALUE` each. One that is set here replaces the default. */
-  readonly options?: readonly string[];
-}
-
-/**
- * Reads the text of an inventory: the file or URL given, else the file named by `RINGRIFT_HOSTS_CONFIG`, else
- * {@linkcode DEFAULT_CONFIG_PATH}. Where the default file does not exist, the text is empty.
- *
- * Permissions: read of the file, net for a URL, env of `RINGRIFT_HOSTS_CONFIG` (unset where it may not be read).
- *
- * @example Where does the inventory come from?
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const { origin } = await readHostsConfig("config/demo_hosts.yaml");
- * assertEquals(origin, "config/demo_hosts.yaml");
- * ```
- *
- * @throws {HostsConfigError} if a named file or URL cannot be read, or is not UTF-8
- * @throws {Deno.errors.NotCapable} if a permission is missing; the message names the flag
- */
-export async function readHostsConfig(source?: string | URL, options: LoadOptions = {}): Promise<HostsConfigText> {
-  const named = source ?? readEnv("RINGRIFT_HOSTS_CONFIG");
-  const origin = String(named ?? DEFAULT_CONFIG_PATH);
-  if (/^https?:/i.test(origin)) {
-    return { text: decodeConfig(await fetchConfig(origin, options), origin), origin, exists: true };
+  constructor(
+    readonly nodes: readonly ClusterNode[],
+    readonly options: SweepOptions,
+    public onOutcome: (probe: NodeProbe, index: number) => void,
+  ) {
+    this.#queue = [...nodes.keys()];
+    this.#settings = probeSettings(options);
+    this.#maxLimit = options.concurrency ?? DEFAULTS.concurrency;
+    requireCount("concurrency", this.#maxLimit, 1);
+    this.#limit = Math.min(INITIAL_CONCURRENCY, this.#maxLimit);
   }
 
-  const path = /^file:/i.test(origin) ? new URL(origin) : origin;
-  requirePermission({ name: "read", path }, `--allow-read=${origin}`);
-  try {
-    return { text: decodeConfig(await Deno.readFile(path), origin), origin, exists: true };
-  } catch (error) {
-    if (error instanceof HostsConfigError) throw error;
-    const missing = error instanceof Deno.errors.NotFound;
-    if (missing && named === undefined) return { text: "", origin, exists: false };
-    const message = missing
-      ? "there is no such file"
-      : error instanceof Deno.errors.IsADirectory || /os error 21\b/.test(String(error))
-      ? "is a folder, not a file"
-      : `cannot be read (${errorText(error)})`;
-    throw new HostsConfigError(origin, [{ path: "", message }], { cause: error });
-  }
-}
-
-async function fetchConfig(url: string, options: LoadOptions): Promise<Uint8Array<ArrayBuffer>> {
-  const { timeoutMs = DEFAULT_TIMEOUT_MS, signal } = options;
-  const fault = (message: string, cause?: unknown) => new HostsConfigError(url, [{ path: "", message }], { cause });
-  if (!URL.canParse(url)) throw fault("is not a URL");
-  const { hostname, host, port, protocol } = new URL(url);
-  requireNet(port ? host : `${hostname}:${protocol === "https:" ? 443 : 80}`);
-
-  const deadline = AbortSignal.timeout(timeoutMs);
-  try {
-    const response = await fetch(url, {
-      // A redirect could lead to a host for which no permission was given, and then Deno would ask.
-      redirect: "manual",
-      signal: signal ? AbortSignal.any([deadline, signal]) : deadline,
-    });
-    if (response.status !== 200 || !response.body) {
-      await response.body?.cancel();
-      throw fault(
-        response.status >= 300 && response.status < 400
-          ? `answered with a redirect (HTTP ${response.status}): use the URL that it leads to`
-          : `answered HTTP ${response.status}`,
-      );
-    }
-    const chunks: Uint8Array<ArrayBuffer>[] = [];
-    let size = 0;
-    for await (const chunk of response.body) {
-      size += chunk.length;
-      if (size > MAX_CONFIG_BYTES) throw fault(`is larger than ${MAX_CONFIG_BYTES} bytes`);
-      chunks.push(chunk);
-    }
-    return new Uint8Array(await new Blob(chunks).arrayBuffer());
-  } catch (error) {
+  /** Probes each node once, and those that are added, until it is finished; rejects when the signal aborts. */
+  async run(): Promise<void> {
+    const { signal } = this.options;
     signal?.throwIfAborted();
-    if (error instanceof HostsConfigError) throw error;
-    throw fault(deadline.aborted ? `did not answer within ${timeoutMs} ms` : "cannot be fetched", error);
-  }
-}
-
-function decodeConfig(bytes: Uint8Array<ArrayBuffer>, origin: string): string {
-  try {
-    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  } catch (cause) {
-    const isUtf16 = (bytes[0] === 0xff && bytes[1] === 0xfe) || (bytes[0] === 0xfe && bytes[1] === 0xff);
-    const problem = isUtf16
-      ? { path: "", message: "is UTF-16: save it as UTF-8" }
-      : { path: "", message: "is not UTF-8 here: save it as UTF-8", line: firstInvalidLine(bytes) };
-    throw new HostsConfigError(origin, [problem], { cause });
-  }
-}
-
-function firstInvalidLine(bytes: Uint8Array<ArrayBuffer>): number {
-  // The fatal decoder does not say where it stopped; the lenient one marks the place.
-  return new TextDecoder().decode(bytes).split("\uFFFD", 1)[0]!.split("\n").length;
-}
-
-/**
- * Parses and validates an inventory. An empty text is an empty cluster.
- *
- * Permissions: none.
- *
- * @example Parse an inventory
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const config = parseHostsConfig("hosts:\n  gpu-1: { tailscale_ip: 100.64.0.1, rack: 7 }\n");
- * assertEquals(config.hosts["gpu-1"]?.rack, 7);
- * ```
- *
- * @param text The YAML.
- * @param origin What errors call it: a path or a URL.
- * @throws {HostsConfigError} with every problem, its path and its line
- */
-export function parseHostsConfig(text: string, origin = "inventory"): HostsConfig {
-  const { config, problems } = parseDocument(text);
-  if (problems.length > 0) throw new HostsConfigError(origin, problems);
-  validConfigs.add(config);
-  return config;
-}
-
-/** What was validated when it was parsed, and need not be again in each function that it is given to. */
-const validConfigs = new WeakSet<HostsConfig>();
-
-/**
- * Loads an inventory: the file, URL or object given, else the file named by `RINGRIFT_HOSTS_CONFIG`, else
- * {@linkcode DEFAULT_CONFIG_PATH}. The default file may be missing: that is an empty cluster. A config that was loaded
- * before can be given to every function that takes a source, so that nothing is read twice.
- *
- * Permissions: read of the file, net for a URL, env of `RINGRIFT_HOSTS_CONFIG` (unset where it may not be read).
- *
- * @example Load once, ask often
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const config = await loadHostsConfig("config/demo_hosts.yaml");
- * const nodes = await getClusterNodes(config);
- * const coordinator = await getCoordinatorNode(config);
- * assertEquals(coordinator, nodes.get("coordinator"));
- * ```
- *
- * @throws {HostsConfigError} if the inventory cannot be read or used
- * @throws {Deno.errors.NotCapable} if a permission is missing; the message names the flag
- */
-export async function loadHostsConfig(source?: ConfigSource, options: LoadOptions = {}): Promise<HostsConfig> {
-  if (typeof source === "object" && !(source instanceof URL)) {
-    if (validConfigs.has(source)) return source;
-    const problems = findProblems(source);
-    if (problems.length > 0) throw new HostsConfigError("config object", problems);
-    return source;
-  }
-  const { text, origin } = await readHostsConfig(source, options);
-  return parseHostsConfig(text, origin);
-}
-
-/**
- * Finds every problem of an inventory, and every doubt: a status or a key one slip away from a known one, a node
- * without an address, two active nodes at one address and port, a coordinator that is not there or not active, a
- * placeholder left in, a tab in the indentation.
- *
- * Permissions: none.
- *
- * @example Find a typo
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const { doubts } = inspectHostsConfig("hosts:\n  gpu-1:\n    tailscale_pi: 100.64.0.1\n    ssh_host: 192.0.2.1\n");
- * assertEquals(doubts.map(({ path, line }) => ({ path, line })), [{ path: "hosts.gpu-1.tailscale_pi", line: 3 }]);
- * ```
- */
-export function inspectHostsConfig(text: string): HostsConfigReport {
-  const { config, problems } = parseDocument(text);
-  if (problems.length > 0) return { problems, doubts: [] };
-  return { problems, doubts: withLines([...findDoubts(config), ...findHarmlessTabs(text)], text) };
-}
-
-function parseDocument(text: string): { config: HostsConfig; problems: ConfigProblem[] } {
-  const empty = { hosts: {}, elo_sync: {} };
-  const fault = (problem: ConfigProblem) => ({ config: empty, problems: [problem] });
-  // A log-in page can be valid YAML, and would be an empty cluster.
-  if (/^\s*<[!?a-z]/i.test(text)) return fault({ path: "", message: "is HTML or XML, not YAML" });
-  let document: unknown;
-  try {
-    // The core schema has no merge keys, which @std/yaml expands without a bound, and leaves dates as written.
-    document = parse(text, { schema: "core" });
-    if (text.includes("<<")) expandMergeKeys(document, 50_000 + text.length);
-  } catch (error) {
-    if (error instanceof MergeError) return fault({ path: "", message: error.message });
-    if (error instanceof RangeError) return fault({ path: "", message: "is nested too deeply" });
-    if (error instanceof SyntaxError) return fault(syntaxProblem(error, text));
-    throw error;
-  }
-  if (document === null || document === undefined) return { config: empty, problems: [] };
-  if (!isMapping(document)) {
-    return fault({ path: "", message: `expected a mapping with a "hosts" section, got ${typeName(document)}` });
-  }
-  const tab = structuralTab(text);
-  if (tab) return fault(tab);
-  const problems = findProblems(document);
-  // Own properties, so that a section named __proto__ stays one.
-  const config = { ...document, hosts: document.hosts ?? {}, elo_sync: document.elo_sync ?? {} } as HostsConfig;
-  return { config, problems: withLines(problems, text) };
-}
-
-function syntaxProblem(error: SyntaxError, text: string): ConfigProblem {
-  const { line, column } = error as { line?: number; column?: number };
-  // After the reason, the message shows the source; at its end, quoted, come names out of the source.
-  const reason = error.message.split(/ at line \d+, column \d+|\n/, 1)[0]!.replace(/ (?:"|!<).*/s, "");
-  const message = `is not valid YAML: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}`;
-  if (text.includes("\0")) return { path: "", message: "holds a NUL character: is it a text file?" };
-  if (line === undefined || column === undefined) return { path: "", message };
-  return { path: "", message, line, column };
-}
-
-class MergeError extends Error {}
-
-/**
- * Replaces each merge key (`<<`) by what it names, once per mapping, so that shared aliases cost nothing. `budget` is
- * the number of keys that may be copied: without it a file of 100 KB can ask for minutes.
- */
-function expandMergeKeys(root: unknown, budget: number): void {
-  const seen = new Set<unknown>();
-  const pending = [root];
-  while (pending.length > 0) {
-    const value = pending.pop();
-    if (typeof value !== "object" || value === null || seen.has(value)) continue;
-    seen.add(value);
-    if (Object.hasOwn(value, "<<")) merge(value as Record<string, unknown>);
-    for (const child of Object.values(value)) if (typeof child === "object") pending.push(child);
+    openSignalSockets();
+    // One listener for the whole call: with one for each node, to remove them would take longer than to connect.
+    const abort = () => this.#done.reject(signal?.reason);
+    signal?.addEventListener("abort", abort);
+    this.#pump();
+    await this.#done.promise.finally(() => {
+      signal?.removeEventListener("abort", abort);
+      this.finish();
+      this.cutOff(new DOMException("The call has ended", "AbortError"));
+      for (const timer of this.#timers) clearTimeout(timer);
+    });
   }
 
-  function merge(target: Record<string, unknown>): void {
-    const source = target["<<"];
-    const own = Object.entries(target).filter(([key]) => key !== "<<");
-    for (const key of Object.keys(target)) delete target[key];
-    const merged = new Map<string, unknown>();
-    for (const mapping of new Set(Array.isArray(source) ? source : [source])) {
-      if (!isMapping(mapping)) throw new MergeError('a merge key ("<<") names something that is not a mapping');
-      if (Object.hasOwn(mapping, "<<")) merge(mapping);
-      for (const [key, value] of Object.entries(mapping)) {
-        if (--budget < 0) throw new MergeError('holds too many merges ("<<")');
-        if (!merged.has(key)) merged.set(key, value);
-      }
+  /** Probes a node again, in so many milliseconds. */
+  add(index: number, afterMs: number): void {
+    this.#after(afterMs, () => this.#queue.push(index));
+  }
+
+  /** Ends {@linkcode run}: nothing more is started or told. */
+  finish(): void {
+    this.isOver = true;
+    this.onOutcome = () => {};
+    this.#done.resolve();
+  }
+
+  /** Starts nothing more, aborts what is under way, and ends {@linkcode run} when the outcomes of that are known. */
+  cutOff(reason: DOMException): void {
+    this.isOver = true;
+    for (const controller of this.#running) controller.abort(reason);
+    if (this.#running.size === 0) this.finish();
+  }
+
+  #after(ms: number, change: () => void): void {
+    if (this.isOver) return;
+    const timer = setTimeout(() => {
+      this.#timers.delete(timer);
+      change();
+      this.#pump();
+    }, Math.max(0, ms));
+    this.#timers.add(timer);
+  }
+
+  #pump(): void {
+    const starts = Math.min(this.#startsLeft, this.#limit - this.#running.size, this.#queue.length - this.#next);
+    for (let left = this.isOver ? 0 : starts; left > 0; left--) {
+      this.#startsLeft--;
+      this.#probe(this.#queue[this.#next++]!).catch(this.#done.reject);
     }
-    for (const [key, value] of own) merged.set(key, value);
-    for (const [key, value] of merged) {
-      Object.defineProperty(target, key, { value, writable: true, enumerable: true, configurable: true });
-    }
+    // What was started is forgotten, or a watch would fill the queue without end.
+    if (this.#next === this.#queue.length) this.#next = this.#queue.length = 0;
+    if (this.#isRamping || this.#queue.length === 0) return;
+    this.#isRamping = true;
+    this.#after(RAMP_INTERVAL_MS, () => this.#ramp());
   }
-}
 
-type Check = (value: unknown) => string | undefined;
+  #ramp(): void {
+    this.#isRamping = false;
+    this.#startsLeft = MAX_STARTS;
+    // If as many have ended as may be under way, more of them at once would only be slower.
+    const isSlow = this.#endedLately < this.#limit;
+    if (isSlow) this.#limit = Math.min(this.#maxLimit, this.#limit + Math.min(this.#limit, MAX_STARTS));
+    this.#endedLately = 0;
+  }
 
-const PLACEHOLDER = /^(?:[^@]*@)?<[^<>]*>$/;
-// Spelt out, since a class such as \p{Cf} takes longer to compile than a small inventory takes to load.
-// deno-lint-ignore no-control-regex
-const UNSAFE_TEXT = /[\s\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f;&|<>()$`\\"'*?[\]{}!#%^]/;
-// deno-lint-ignore no-control-regex
-const CONTROL_TEXT = /[\x00-\x1f\x7f-\x9f]/;
-
-const HOST_CHECKS: Readonly<Record<string, Check>> = {
-  tailscale_ip: ifSet(checkHost),
-  ssh_host: ifSet(checkSshHost),
-  ssh_user: ifSet(checkUser),
-  ssh_key: ifSet(checkKeyPath),
-  ssh_port: ifSet(checkPort),
-  ringrift_path: ifSet(checkText),
-  status: ifSet(checkText),
-  role: ifSet(checkText),
-  memory_gb: ifSet(checkAmount),
-  cpus: ifSet(checkAmount),
-  gpu: ifSet((value) => typeof value === "number" && Number.isFinite(value) ? undefined : checkText(value)),
-  data_server_port: ifSet(checkPort),
-  data_server_url: ifSet(checkUrl),
-};
-
-const ELO_SYNC_CHECKS: Readonly<Record<string, Check>> = {
-  coordinator: ifSet(checkText),
-  sync_port: ifSet(checkPort),
-  sync_interval: ifSet((value) =>
-    checkAmount(value) ?? (Number(value) > 0 ? undefined : "expected a number of seconds above 0")
-  ),
-  divergence_threshold: ifSet(checkAmount),
-  transports: ifSet((value) =>
-    Array.isArray(value) && value.every((item) => typeof item === "string")
-      ? undefined
-      : `expected a list of strings, got ${Array.isArray(value) ? "a list of something else" : typeName(value)}`
-  ),
-};
-
-const DISTRIBUTED_CHECKS: Readonly<Record<string, Check>> = { data_server_port: ifSet(checkPort) };
-
-function ifSet(check: Check): Check {
-  return (value) => isUnset(value) ? undefined : check(value);
-}
-
-/** Only the keys that are used are looked at: with shared aliases a small file can be an endless document. */
-function findProblems(document: Readonly<Record<string, unknown>>): ConfigProblem[] {
-  const problems: ConfigProblem[] = [];
-  const checkSection = (path: string, section: unknown, checks: Readonly<Record<string, Check>>) => {
-    if (!isMapping(section)) {
-      problems.push({ path, message: `expected a mapping, got ${typeName(section)}` });
+  async #probe(index: number): Promise<void> {
+    const controller = new AbortController();
+    this.#running.add(controller);
+    const probe = await probeOne(this.nodes[index]!, this.#settings, controller);
+    this.#running.delete(controller);
+    this.#endedLately++;
+    const isShort = probe.state !== "up" && probe.failure?.message.includes(NO_DESCRIPTORS);
+    if (isShort && this.#running.size > 0 && !this.isOver) {
+      // Another node will give its descriptor back; then this one begins anew, with the whole of its time.
+      this.#limit = this.#maxLimit = this.#running.size;
+      this.#queue.push(index);
       return;
     }
-    for (const key in checks) {
-      const message = Object.hasOwn(section, key) ? checks[key]!(section[key]) : undefined;
-      if (message) problems.push({ path: `${path}.${key}`, message });
-    }
-  };
-
-  const { hosts, elo_sync, distributed } = document;
-  if (hosts !== null && hosts !== undefined && !isMapping(hosts)) {
-    problems.push({ path: "hosts", message: `expected a mapping from names to hosts, got ${typeName(hosts)}` });
-  } else if (hosts) {
-    for (const [name, entry] of Object.entries(hosts)) {
-      if (name.trim() === "") {
-        problems.push({ path: "hosts.", message: "a host has an empty name" });
-      } else if (CONTROL_TEXT.test(name)) {
-        problems.push({ path: `hosts.${JSON.stringify(name)}`, message: "a host's name holds a control character" });
-      } else checkSection(`hosts.${name}`, entry, HOST_CHECKS);
-    }
-  }
-  if (elo_sync !== null && elo_sync !== undefined) checkSection("elo_sync", elo_sync, ELO_SYNC_CHECKS);
-  // The section is another program's too: only a mapping can hold what is used here.
-  if (isMapping(distributed)) checkSection("distributed", distributed, DISTRIBUTED_CHECKS);
-  return problems;
-}
-
-function checkText(value: unknown): string | undefined {
-  if (typeof value !== "string") return `expected a string, got ${typeName(value)}: put it in quotes`;
-  if (CONTROL_TEXT.test(value)) return "holds a control character";
-}
-
-function checkWord(value: unknown, what: string): string | undefined {
-  const text = typeof value === "string" ? value.trim() : value;
-  const message = checkText(text);
-  if (message || typeof text !== "string") return message;
-  if (text.startsWith("-")) return `expected ${what}, got one that begins with "-"`;
-  if (UNSAFE_TEXT.test(text)) return `expected ${what}, without spaces or characters that a shell would interpret`;
-}
-
-function checkHost(value: unknown): string | undefined {
-  const what = "a host name or an address";
-  if (typeof value !== "string") return checkWord(value, what);
-  if (PLACEHOLDER.test(value.trim())) return;
-  const host = withoutBrackets(value.trim());
-  const colons = host.split(":").length - 1;
-  if (host === "" || /[/@,]/.test(host) || colons === 1) return `expected ${what} alone, without user, port or path`;
-  if (/^[\d.]+$/.test(host) && !/^(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?!$)|$)){4}$/.test(host)) {
-    return `expected ${what}: this is no IPv4 address`;
-  }
-  if (colons > 1 && !URL.canParse(`http://[${host}]`)) return `expected ${what}: this is no IPv6 address`;
-  return checkWord(host, what);
-}
-
-function checkUser(value: unknown): string | undefined {
-  return checkWord(value, "a user name") ?? (/[@:/]/.test(String(value)) ? "expected a user name alone" : undefined);
-}
-
-function checkSshHost(value: unknown): string | undefined {
-  if (typeof value !== "string") return checkHost(value);
-  const { user, host } = splitUser(value);
-  return (user === undefined ? undefined : checkUser(user)) ?? checkHost(host);
-}
-
-function checkKeyPath(value: unknown): string | undefined {
-  return checkWord(value, "the path of a key");
-}
-
-function checkPort(value: unknown): string | undefined {
-  const expected = "expected an integer from 1 to 65535";
-  if (typeof value !== "number" && typeof value !== "string") return `${expected}, got ${typeName(value)}`;
-  if (typeof value === "string" && !/^\d{1,5}$/.test(value.trim())) return `${expected}, got another string`;
-  return isPort(Number(value)) ? undefined : `${expected}, got another number`;
-}
-
-function checkAmount(value: unknown): string | undefined {
-  const expected = "expected a number, 0 or more";
-  if (typeof value !== "number" && typeof value !== "string") return `${expected}, got ${typeName(value)}`;
-  const amount = Number(value);
-  return Number.isFinite(amount) && amount >= 0 ? undefined : `${expected}, got another ${typeof value}`;
-}
-
-function checkUrl(value: unknown): string | undefined {
-  const expected = "expected a URL that begins with http:// or https://";
-  if (typeof value !== "string") return `${expected}, got ${typeName(value)}`;
-  const text = value.trim();
-  if (PLACEHOLDER.test(text)) return;
-  if (!/^https?:\/\//i.test(text) || !URL.canParse(text)) return expected;
-  if (CONTROL_TEXT.test(text) || /[\s"'`<>\\]/.test(text)) return `${expected}, without spaces or quotes`;
-  if (new URL(text).port === "0") return "expected a port from 1 to 65535";
-}
-
-function* findDoubts(config: HostsConfig): Generator<ConfigProblem> {
-  const knownStatuses = ["active", "ready", "unknown", ...INACTIVE_STATUSES];
-  const fields = Object.keys(HOST_CHECKS);
-  const takenBy = new Map<string, string>();
-  for (const [name, entry] of Object.entries(config.hosts)) {
-    const path = `hosts.${name}`;
-    const node = nodeFromEntry(name, entry, DATA_SYNC_PORT);
-    const known = knownStatuses.includes(node.status) ? undefined : knownStatuses.find((it) => isTypo(node.status, it));
-    if (known) yield { path: `${path}.status`, message: `is one slip away from "${known}"` };
-    for (const key of Object.keys(entry)) {
-      const isOwn = Object.hasOwn(HOST_CHECKS, key) || fields.some((it) => isPlural(key, it));
-      const field = isOwn ? undefined : fields.find((it) => isTypo(key, it) && isUnset(entry[it]));
-      if (field) yield { path: `${path}.${key}`, message: `is not used: is "${field}" meant?` };
-    }
-    for (const key of ["tailscale_ip", "ssh_host", "data_server_url"]) {
-      const text = String(entry[key] ?? "");
-      if (/<[^<>]*>/.test(text) || /^(?:\S+@)?[\dx]+(?:\.[\dx]+){0,2}(?:\.x+)[\dx.]*$/i.test(text.trim())) {
-        yield { path: `${path}.${key}`, message: "is a placeholder: put the real address" };
-      }
-    }
-    if (node.addresses.length === 0 && !node.dataServerUrl) {
-      yield { path, message: "has no address: set tailscale_ip or ssh_host" };
-    }
-    if (node.isActive && node.bestIp !== undefined) {
-      const endpoint = hostPort(node.bestIp, node.dataServerPort);
-      const other = takenBy.get(endpoint);
-      if (other) yield { path, message: `has the same address and data server port as ${other}` };
-      else takenBy.set(endpoint, name);
-    }
-  }
-  if (Object.keys(config.elo_sync).length > 0) {
-    const { coordinator } = eloSyncConfig(config);
-    const entry = Object.hasOwn(config.hosts, coordinator) ? config.hosts[coordinator] : undefined;
-    const path = "elo_sync.coordinator";
-    if (!entry) yield { path, message: "names a node that is not in hosts" };
-    else if (!nodeFromEntry(coordinator, entry, DATA_SYNC_PORT).isActive) {
-      yield { path, message: "names a node that is not active" };
-    }
+    this.onOutcome(probe, index);
+    if (this.isOver && this.#running.size === 0) this.finish();
+    this.#pump();
   }
 }
 
-/** `gpus: 8` beside `gpu` is a key that people have, not a slip. */
-function isPlural(key: string, other: string): boolean {
-  return key === `${other}s` || other === `${key}s`;
-}
-
-/** Whether one insertion, deletion, replacement or swap of neighbours turns `word` into `other`. */
-export function isTypo(word: string, other: string): boolean {
-  const shorter = Math.min(word.length, other.length);
-  let start = 0;
-  while (start < shorter && word[start] === other[start]) start++;
-  let end = 0;
-  while (end < shorter - start && word.at(-1 - end) === other.at(-1 - end)) end++;
-  const [a, b] = [word.slice(start, word.length - end), other.slice(start, other.length - end)];
-  return word !== other && ((a.length <= 1 && b.length <= 1) || (a.length === 2 && a[0] === b[1] && a[1] === b[0]));
-}
-
-/** A tab before a key: @std/yaml takes the key for one of the outermost mapping, and the hosts are gone. */
-function structuralTab(text: string): ConfigProblem | undefined {
-  const line = indentationTabs(text).find(({ isKey }) => isKey)?.line;
-  return line === undefined
-    ? undefined
-    : { path: "", message: "is not valid YAML: a tab in the indentation; use spaces", line, column: 1 };
-}
-
-function findHarmlessTabs(text: string): ConfigProblem[] {
-  return indentationTabs(text).map(({ line }) => ({ path: "", message: "a tab in the indentation; use spaces", line }));
-}
-
-/** Lines indented with a tab, outside of block scalars and of JSON, where tabs are fine. */
-function indentationTabs(text: string): { line: number; isKey: boolean }[] {
-  if (!/^ *\t/m.test(text) || /^\s*[{[]/.test(text)) return [];
-  const tabs: { line: number; isKey: boolean }[] = [];
-  let scalarIndent: number | undefined;
-  for (const [index, line] of text.split("\n").entries()) {
-    if (line.trim() === "") continue;
-    const indent = line.search(/[^ ]/);
-    if (scalarIndent !== undefined && indent > scalarIndent) continue;
-    scalarIndent = /(?:^|[\s:-])[|>][-+\d]*\s*(?:#.*)?$/.test(line) ? indent : undefined;
-    if (!/^ *\t/.test(line)) continue;
-    tabs.push({ line: index + 1, isKey: /^(?:- |[^#"'{[][^#]*?:(?:\s|$))/.test(line.trimStart()) });
-  }
-  return tabs;
-}
-
-/** Adds the line to each problem whose key stands in block style, which is how people write inventories. */
-function withLines(problems: readonly ConfigProblem[], text: string): ConfigProblem[] {
-  if (!problems.some(({ path, line }) => path !== "" && line === undefined)) return [...problems];
-  const lines = new Map<string, { line: number; column: number }>();
-  const parents: { indent: number; path: string }[] = [];
-  for (const [index, source] of text.split("\n").entries()) {
-    const match =
-      /^( *)(?:"((?:[^"\\]|\\.)*)"\s*|'((?:[^']|'')*)'\s*|([^\s#"'\-[{&*!|>%@`][^#]*?|-[^\s#][^#]*?)):(?:\s|$)/
-        .exec(source);
-    if (!match) continue;
-    const indent = match[1]!.length;
-    while (parents.length > 0 && parents.at(-1)!.indent >= indent) parents.pop();
-    const key = match[2] ?? match[3]?.replaceAll("''", "'") ?? match[4]!.trimEnd();
-    const path = parents.length > 0 ? `${parents.at(-1)!.path}.${key}` : key;
-    parents.push({ indent, path });
-    const position = { line: index + 1, column: indent + 1 };
-    if (!lines.has(path)) lines.set(path, position);
-    // A host in flow style stands on one line, with all its fields.
-    const flow = /:\s+(?:[&!]\S+\s+)*\{(.*)/.exec(source)?.[1];
-    for (const [, field] of flow?.matchAll(/(?:^|,)\s*["']?([\w.-]+)["']?\s*:/g) ?? []) {
-      if (!lines.has(`${path}.${field}`)) lines.set(`${path}.${field}`, position);
-    }
-  }
-  return problems.map((problem) => ({ ...lines.get(problem.path), ...problem }));
-}
-
-/** How a problem is shown, on one line: `hosts.yaml:12: hosts.gpu-1.ssh_port: expected …`. */
-export function formatConfigProblem(problem: ConfigProblem, origin: string): string {
-  const { path, message, line, column } = problem;
-  const place = [origin, line, path === "" ? column : undefined].filter((part) => part !== undefined).join(":");
-  return path === "" ? `${place}: ${message}` : `${place}: ${path}: ${message}`;
-}
-
-/**
- * One node of the cluster, with the defaults applied.
- *
- * @example The address to use
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const node = new ClusterNode({ name: "gpu-1", tailscaleIp: "100.64.0.1", sshHost: "root@192.0.2.1" });
- * assertEquals(node.bestIp, "100.64.0.1");
- * assertEquals(node.addresses, ["100.64.0.1", "192.0.2.1"]);
- * assertEquals(node.dataServerBaseUrl, "http://100.64.0.1:8766");
- * assertEquals(node.sshUser, "root");
- * ```
- */
-export class ClusterNode {
-  /** The name in the inventory. */
-  readonly name: string;
-  /** The address inside the tailnet. */
-  readonly tailscaleIp: string | undefined;
-  /** A host, or `user@host`. */
-  readonly sshHost: string | undefined;
-  /** The SSH user: the one set, else the one in `sshHost`, else `ubuntu`. */
-  readonly sshUser: string;
-  /** The path of the SSH private key. */
-  readonly sshKey: string | undefined;
-  /** The SSH port. */
-  readonly sshPort: number;
-  /** Where the service is installed on the node. */
-  readonly ringriftPath: string;
-  /** A word such as `active`, `ready`, `offline`. */
-  readonly status: string;
-  /** A word such as `coordinator` or `worker`. */
-  readonly role: string;
-  /** Memory in GB; 0 where unknown. */
-  readonly memoryGb: number;
-  /** The number of CPU cores; 0 where unknown. */
-  readonly cpus: number;
-  /** The GPU model; empty where there is none. */
-  readonly gpu: string;
-  /** The port of the data server. */
-  readonly dataServerPort: number;
-  /** The base URL of the data server, where it is not `http://ADDRESS:PORT`. */
-  readonly dataServerUrl: string | undefined;
-  /** The host's mapping as written, for keys of the user's own. */
-  readonly entry: HostEntry;
-
-  /** Makes a node. Blank strings count as unset. */
-  constructor(fields: ClusterNodeFields) {
-    this.name = fields.name;
-    this.tailscaleIp = nonBlank(fields.tailscaleIp);
-    this.sshHost = nonBlank(fields.sshHost);
-    this.sshUser = nonBlank(fields.sshUser) ?? nonBlank(splitUser(this.sshHost ?? "").user) ?? "ubuntu";
-    this.sshKey = nonBlank(fields.sshKey);
-    this.sshPort = fields.sshPort ?? 22;
-    this.ringriftPath = nonBlank(fields.ringriftPath) ?? "~/ringrift/ai-service";
-    this.status = nonBlank(fields.status) ?? "unknown";
-    this.role = nonBlank(fields.role) ?? "unknown";
-    this.memoryGb = fields.memoryGb ?? 0;
-    this.cpus = fields.cpus ?? 0;
-    this.gpu = nonBlank(fields.gpu) ?? "";
-    this.dataServerPort = fields.dataServerPort ?? DATA_SYNC_PORT;
-    this.dataServerUrl = nonBlank(fields.dataServerUrl);
-    this.entry = fields.entry ?? {};
-  }
-
-  /** The address to use: the Tailscale one, else the host of `sshHost`; `undefined` where there is none. */
-  get bestIp(): string | undefined {
-    const address = this.tailscaleIp ?? hostOf(this.sshHost);
-    return address && withoutBrackets(address);
-  }
-
-  /** Every distinct address, best first. */
-  get addresses(): string[] {
-    const best = this.bestIp;
-    const host = hostOf(this.sshHost);
-    if (best === undefined) return [];
-    return host === undefined || withoutBrackets(host) === best ? [best] : [best, withoutBrackets(host)];
-  }
-
-  /** `dataServerUrl` as written, else `http://ADDRESS:PORT`; `undefined` where there is neither. */
-  get dataServerBaseUrl(): string | undefined {
-    return this.dataServerUrl ?? (this.bestIp && `http://${hostPort(this.bestIp, this.dataServerPort)}`);
-  }
-
-  /** Whether the status is none of `terminated`, `offline`, `setup`, `retired`, `archived`. */
-  get isActive(): boolean {
-    return !INACTIVE_STATUSES.has(this.status.toLowerCase());
-  }
-}
-
-/**
- * All nodes by name, in the order of the inventory.
- *
- * A node's data port is its own `data_server_port`, else the inventory's `distributed.data_server_port`, else the same
- * key of the unified config, the YAML file that `RINGRIFT_CONFIG_PATH` names, else 8766.
- *
- * Permissions: those of {@linkcode loadHostsConfig}; env of `RINGRIFT_CONFIG_PATH` (unset where it may not be read) and
- * read of the file it names, where a node depends on it.
- *
- * @example List the nodes
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const nodes = await getClusterNodes({ hosts: { "gpu-1": { gpu: "H100" } }, elo_sync: {} });
- * assertEquals([...nodes.values()].map((node) => `${node.name}: ${node.gpu}`), ["gpu-1: H100"]);
- * ```
- *
- * @throws {HostsConfigError} if the inventory or the unified config cannot be read or used
- * @throws {Deno.errors.NotCapable} if a permission is missing; the message names the flag
- */
-export async function getClusterNodes(source?: ConfigSource): Promise<Map<string, ClusterNode>> {
-  return await clusterNodes(await loadHostsConfig(source));
-}
-
-async function clusterNodes(config: HostsConfig): Promise<Map<string, ClusterNode>> {
-  const entries = Object.entries(config.hosts ?? {});
-  const needsDefault = entries.some(([, entry]) => isUnset(entry.data_server_port));
-  const defaultPort = needsDefault ? await defaultDataPort(config) : DATA_SYNC_PORT;
-  return new Map(entries.map(([name, entry]) => [name, nodeFromEntry(name, entry, defaultPort)]));
-}
-
-function nodeFromEntry(name: string, entry: HostEntry, defaultPort: number): ClusterNode {
-  const text = (value: unknown) => {
-    if (value === undefined || value === null) return undefined;
-    const text = String(value);
-    return text.includes("<") && PLACEHOLDER.test(text.trim()) ? undefined : text;
-  };
-  const number = (value: unknown) => isUnset(value) ? undefined : Number(value);
-  return new ClusterNode({
-    name,
-    tailscaleIp: text(entry.tailscale_ip),
-    sshHost: text(entry.ssh_host),
-    sshUser: text(entry.ssh_user),
-    sshKey: text(entry.ssh_key),
-    sshPort: number(entry.ssh_port),
-    ringriftPath: text(entry.ringrift_path),
-    status: text(entry.status),
-    role: text(entry.role),
-    memoryGb: number(entry.memory_gb),
-    cpus: number(entry.cpus),
-    gpu: text(entry.gpu),
-    dataServerPort: number(entry.data_server_port) ?? defaultPort,
-    dataServerUrl: text(entry.data_server_url),
-    entry,
-  });
-}
-
-async function defaultDataPort(config: HostsConfig): Promise<number> {
-  const own = dataPortOf(config);
-  if (own !== undefined) return own;
-  const unifiedPath = readEnv("RINGRIFT_CONFIG_PATH");
-  if (unifiedPath === undefined) return DATA_SYNC_PORT;
-  // Its other sections are another program's: they are not checked here.
-  const { text, origin } = await readHostsConfig(unifiedPath);
-  const { distributed } = parseHostsConfig(text, origin);
-  return dataPortOf({ distributed }) ?? DATA_SYNC_PORT;
-}
-
-function dataPortOf(document: Readonly<Record<string, unknown>>): number | undefined {
-  const section = document.distributed;
-  const port = isMapping(section) ? section.data_server_port : undefined;
-  return isUnset(port) ? undefined : Number(port);
-}
-
-/**
- * The active nodes, in the order of the inventory; see {@linkcode ClusterNode.isActive}.
- *
- * Permissions and errors: those of {@linkcode getClusterNodes}.
- *
- * @example Leave out what is offline
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const hosts = { "gpu-1": { status: "active" }, "gpu-2": { status: "offline" } };
- * const active = await getActiveNodes({ hosts, elo_sync: {} });
- * assertEquals(active.map((node) => node.name), ["gpu-1"]);
- * ```
- */
-export async function getActiveNodes(source?: ConfigSource): Promise<ClusterNode[]> {
-  return selectNodes((await getClusterNodes(source)).values());
-}
-
-/**
- * The node that `elo_sync.coordinator` names (`mac-studio` where it is unset), or `undefined` where
- * it is not in `hosts`.
- *
- * Permissions and errors: those of {@linkcode getClusterNodes}.
- *
- * @example Find the coordinator
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const config = { hosts: { head: { tailscale_ip: "100.64.0.9" } }, elo_sync: { coordinator: "head" } };
- * const coordinator = await getCoordinatorNode(config);
- * assertEquals(coordinator?.bestIp, "100.64.0.9");
- * ```
- */
-export async function getCoordinatorNode(source?: ConfigSource): Promise<ClusterNode | undefined> {
-  const config = await loadHostsConfig(source);
-  return (await clusterNodes(config)).get(eloSyncConfig(config).coordinator);
-}
-
-/**
- * Where the coordinator's Elo database listens. Where the coordinator is not in `hosts`, or has no address,
- * `RINGRIFT_COORDINATOR_IP` gives the hostname; with neither, the result is `undefined`.
- *
- * Permissions: those of {@linkcode getClusterNodes}, and env of `RINGRIFT_COORDINATOR_IP` (unset where it may not be
- * read).
- *
- * @example Print the address
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const config = { hosts: { head: { ssh_host: "ops@192.0.2.9" } }, elo_sync: { coordinator: "head", sync_port: 9000 } };
- * assertEquals(await getCoordinatorAddress(config), { hostname: "192.0.2.9", port: 9000 });
- * ```
- *
- * @throws {HostsConfigError} if the inventory cannot be used, or the variable holds no host
- */
-export async function getCoordinatorAddress(source?: ConfigSource): Promise<CoordinatorAddress | undefined> {
-  const config = await loadHostsConfig(source);
-  const { coordinator, syncPort: port } = eloSyncConfig(config);
-  const configured = (await clusterNodes(config)).get(coordinator)?.bestIp;
-  if (configured) return { hostname: configured, port };
-  const hostname = readEnv("RINGRIFT_COORDINATOR_IP");
-  if (hostname === undefined) return undefined;
-  const message = checkHost(hostname);
-  if (message) throw new HostsConfigError("environment", [{ path: "RINGRIFT_COORDINATOR_IP", message }]);
-  return { hostname: withoutBrackets(hostname), port };
-}
-
-/**
- * How the Elo ratings database is synchronised, with the defaults applied.
- *
- * Permissions and errors: those of {@linkcode loadHostsConfig}.
- *
- * @example A partial section
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const elo = await getEloSyncConfig({ hosts: {}, elo_sync: { sync_port: 9000 } });
- * assertEquals([elo.syncPort, elo.syncInterval, elo.transports], [9000, 300, ["tailscale", "aria2", "http"]]);
- * ```
- */
-export async function getEloSyncConfig(source?: ConfigSource): Promise<EloSyncConfig> {
-  return eloSyncConfig(await loadHostsConfig(source));
-}
-
-function eloSyncConfig(config: HostsConfig): EloSyncConfig {
-  const { coordinator, sync_port, sync_interval, divergence_threshold, transports } = config.elo_sync ?? {};
-  return {
-    coordinator: isUnset(coordinator) ? "mac-studio" : String(coordinator).trim(),
-    syncPort: isUnset(sync_port) ? ELO_SYNC_PORT : Number(sync_port),
-    syncInterval: isUnset(sync_interval) ? 300 : Number(sync_interval),
-    divergenceThreshold: isUnset(divergence_threshold) ? 50 : Number(divergence_threshold),
-    transports: isUnset(transports) ? ["tailscale", "aria2", "http"] : transports as string[],
-  };
-}
-
-/**
- * The nodes that a selection keeps, in their own order. Without a selection: the active ones.
- *
- * Permissions: none.
- *
- * @example A range, a role
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const nodes = [1, 2, 3].map((number) => new ClusterNode({ name: `gpu-${number}`, role: "worker" }));
- * const selected = selectNodes(nodes, { names: ["gpu-[2-3]"], roles: ["worker"] });
- * assertEquals(selected.map((node) => node.name), ["gpu-2", "gpu-3"]);
- * ```
- *
- * @throws {RangeError} if a pattern matches no node, or is none
- */
-export function selectNodes(nodes: Iterable<ClusterNode>, selection: NodeSelection = {}): ClusterNode[] {
-  const { names, exclude, roles, statuses, gpus, includeInactive = false } = selection;
-  const all = [...nodes];
-  const isNamed = names && matchNames(all, names);
-  const isExcluded = exclude && matchNames(all, exclude);
-  const lower = (words: readonly string[] | undefined) => words && new Set(words.map((word) => word.toLowerCase()));
-  const [wantedRoles, wantedStatuses, wantedGpus] = [lower(roles), lower(statuses), lower(gpus)];
-  const exactNames = new Set(names);
-
-  return all.filter((node) =>
-    (!isNamed || isNamed.has(node)) && !isExcluded?.has(node) &&
-    (!wantedRoles || wantedRoles.has(node.role.toLowerCase())) &&
-    (!wantedStatuses || wantedStatuses.has(node.status.toLowerCase())) &&
-    (!wantedGpus || [...wantedGpus].some((gpu) => node.gpu.toLowerCase().includes(gpu))) &&
-    (includeInactive || node.isActive || exactNames.has(node.name) || wantedStatuses !== undefined)
-  );
-}
-
-function matchNames(nodes: readonly ClusterNode[], patterns: readonly string[]): Set<ClusterNode> {
-  const byName = new Map(nodes.map((node) => [node.name, node]));
-  const matched = new Set<ClusterNode>();
-  const unmatched: string[] = [];
-  for (const pattern of patterns) {
-    const exact = byName.get(pattern);
-    if (exact) {
-      matched.add(exact);
-      continue;
-    }
-    const matches = /[*?[]/.test(pattern) ? compilePattern(pattern) : undefined;
-    const found = matches ? nodes.filter((node) => matches(node.name)) : [];
-    if (found.length === 0) unmatched.push(pattern);
-    for (const node of found) matched.add(node);
-  }
-  if (unmatched.length > 0) {
-    const hints = unmatched.map((pattern) => {
-      const near = nodes.find((node) => isTypo(pattern, node.name));
-      return JSON.stringify(pattern) + (near ? ` (is ${JSON.stringify(near.name)} meant?)` : "");
-    });
-    throw new RangeError(`No node matches ${hints.join(", ")}`);
-  }
-  return matched;
-}
-
-function compilePattern(pattern: string): (name: string) => boolean {
-  const ranges: { first: number; last: number; width: number }[][] = [];
-  const source = pattern.replace(/\[([^\]]*)\]|[*?]|[\\^$.|+(){}[\]]/g, (token, list: string | undefined) => {
-    if (token === "*") return ".*";
-    if (token === "?") return ".";
-    if (list === undefined) return `\\${token}`;
-    ranges.push(
-      list.split(",").map((part) => {
-        const match = /^(\d+)(?:-(\d+))?$/.exec(part);
-        const [first, last] = [Number(match?.[1]), Number(match?.[2] ?? match?.[1])];
-        if (!match || first > last) {
-          throw new RangeError(
-            `Cannot read the range in ${JSON.stringify(pattern)}: expected numbers, as in gpu-[1-8,12]`,
-          );
-        }
-        // As in the shell: [08-12] is 08, 09, 10 …, while [8-12] is 8, 9, 10 …
-        return { first, last, width: /^0\d/.test(match[1]!) ? match[1]!.length : 0 };
-      }),
-    );
-    return "(\\d+)";
-  });
-  const expression = new RegExp(`^${source}$`, "su");
-  return (name) => {
-    const match = expression.exec(name);
-    return match !== null && ranges.every((parts, index) => {
-      const digits = match[index + 1]!;
-      const number = Number(digits);
-      return parts.some(({ first, last, width }) =>
-        number >= first && number <= last && digits === String(number).padStart(width, "0")
-      );
-    });
-  };
-}
-
-/** Where and how one check is done. */
-interface Endpoint {
-  readonly address: string;
-  readonly port: number;
-  readonly path: string;
-  readonly isTls: boolean;
-}
-
-interface Outcome {
-  readonly endpoint: Endpoint;
-  readonly state: NodeState;
-  readonly connectMs?: number;
-  readonly status?: StatusDocument;
-  readonly failure?: ProbeFailure;
-}
-
-interface ProbeSettings {
-  readonly port: number | undefined;
-  readonly path: string;
-  readonly check: "http" | "tcp";
-  readonly timeoutMs: number;
-  /** Whether every host may be connected to, so that thousands need no query of their own. */
-  readonly isNetOpen: boolean;
-  /** The nodes that are being checked. */
-  readonly running: Deadlines;
-}
-
-function probeSettings(options: ProbeOptions): ProbeSettings {
-  const { port, path = "/status", check = "http", timeoutMs = DEFAULT_TIMEOUT_MS } = options;
-  if (port !== undefined && !isPort(port)) throw new RangeError(`Cannot check port ${port}: expected 1 to 65535`);
-  if (!/^\/[!-~]*$/.test(path)) {
-    throw new TypeError(`Cannot ask for ${JSON.stringify(path)}: expected a path that begins with "/", URL-encoded`);
-  }
-  if (check !== "http" && check !== "tcp") throw new TypeError(`Cannot check "${check}": expected "http" or "tcp"`);
-  // A longer delay overflows the timer, which then fires at once.
-  if (!(timeoutMs > 0 && timeoutMs < 2 ** 31)) {
-    throw new RangeError(`Cannot wait for ${timeoutMs} ms: expected a number above 0 and below 2 ** 31`);
-  }
-  const isNetOpen = Deno.permissions.querySync({ name: "net" }).state === "granted";
-  return { port, path, check, timeoutMs, isNetOpen, running: new Deadlines(timeoutMs) };
-}
-
-/**
- * The deadlines of all nodes that are being checked. Each has the same time, so that they end in the order of their
- * start, and one timer serves them all.
- */
-class Deadlines {
-  readonly #timeoutMs: number;
-  readonly #endsMs = new Map<AbortController, number>();
-  #timer: ReturnType<typeof setTimeout> | undefined;
-
-  constructor(timeoutMs: number) {
-    this.#timeoutMs = timeoutMs;
-  }
-
-  start(): AbortController {
-    const controller = new AbortController();
-    this.#endsMs.set(controller, performance.now() + this.#timeoutMs);
-    this.#timer ??= setTimeout(() => this.#expire(), this.#timeoutMs);
-    return controller;
-  }
-
-  end(controller: AbortController): void {
-    this.#endsMs.delete(controller);
-    if (this.#endsMs.size > 0) return;
-    clearTimeout(this.#timer);
-    this.#timer = undefined;
-  }
-
-  abortAll(): void {
-    for (const controller of this.#endsMs.keys()) controller.abort();
-  }
-
-  #expire(): void {
-    this.#timer = undefined;
-    for (const [controller, endMs] of this.#endsMs) {
-      const restMs = endMs - performance.now();
-      if (restMs > 0) {
-        this.#timer = setTimeout(() => this.#expire(), restMs);
-        return;
-      }
-      this.#endsMs.delete(controller);
-      controller.abort(new DOMException(`no answer within ${this.#timeoutMs} ms`, "TimeoutError"));
-    }
-  }
-}
-
-/**
- * Whether a node accepts a TCP connection, at any of its addresses, within the deadline.
- *
- * Permissions: net to each `address:port` of the node.
- *
- * @example Is the data server listening?
- * ```ts
- * import { assert } from "jsr:@std/assert@^1.0.19";
- *
- * using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
- * const node = new ClusterNode({ name: "gpu-1", tailscaleIp: "127.0.0.1", dataServerPort: listener.addr.port });
- * assert(await checkNodeReachable(node, { timeoutMs: 1000 }));
- * ```
- *
- * @throws {Deno.errors.NotCapable} if a permission is missing; the message names the flag
- * @throws {RangeError} if the port or the timeout is out of range
- */
-export async function checkNodeReachable(node: ClusterNode, options: ProbeOptions = {}): Promise<boolean> {
-  const probe = await probeNode(node, { ...options, check: "tcp" });
-  throwIfDenied([probe], options.port);
-  return probe.state === "up";
-}
-
-/**
- * The JSON object at `http://hostname:port/status`, or `undefined` where there is no such answer. The request goes
- * straight to the host: no proxy, no redirect, no compression, 1 MiB of body at most.
- *
- * Permissions: net to `hostname:port`.
- *
- * @example How many games?
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const answer = () => Response.json({ game_count: 7 });
- * await using server = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen() {} }, answer);
- * const status = await checkHttpEndpoint("127.0.0.1", server.addr.port, { timeoutMs: 1000 });
- * assertEquals(status?.game_count, 7);
- * ```
- *
- * @throws {Deno.errors.NotCapable} if a permission is missing; the message names the flag
- * @throws {RangeError} if the port or the timeout is out of range
- * @throws {TypeError} if the path is none
- */
-export async function checkHttpEndpoint(
-  hostname: string,
-  port: number,
-  options: HttpCheckOptions = {},
-): Promise<StatusDocument | undefined> {
-  const probe = await probeNode(new ClusterNode({ name: hostname, tailscaleIp: hostname }), { ...options, port });
-  throwIfDenied([probe], port);
-  return probe.status;
-}
-
-/**
- * Checks one node. Its addresses are tried best first, each with its `data_server_url` last where no port was asked
- * for: the next one starts when the one before has failed, or after a second (a share of the deadline, where that is
- * shorter), and the first that is up ends the rest. No fault of the node rejects the call.
- *
- * Permissions: net to each `address:port` of the node. Where it is missing, the state is `unknown` and the failure
- * `denied`.
- *
- * @example One answer, with the reason
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const probe = await probeNode(new ClusterNode({ name: "gpu-1" }));
- * assertEquals([probe.state, probe.failure?.code], ["down", "no-address"]);
- * ```
- *
- * @throws {RangeError} if the port or the timeout is out of range
- * @throws {TypeError} if the path or the check is none
- */
-export async function probeNode(node: ClusterNode, options: ProbeOptions = {}): Promise<NodeProbe> {
-  const [probe] = await sweep([node], nodeEndpoints, options);
-  return probe!;
-}
-
-/**
- * Checks many nodes in parallel, and gives one outcome for each, in their order: it takes as long as the slowest
- * answer, not as their sum. A local shortage of descriptors is waited out within each node's deadline.
- *
- * Permissions: net to each `address:port` of the nodes.
- *
- * @example Sweep, and watch it go
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const answer = () => Response.json({ version: "1" });
- * await using server = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen() {} }, answer);
- * const nodes = ["a", "b"].map((name) => new ClusterNode({ name, tailscaleIp: "127.0.0.1" }));
- * let checked = 0;
- * const probes = await probeNodes(nodes, { port: server.addr.port, onProbe: () => checked++ });
- * assertEquals(probes.map((probe) => probe.state), ["up", "up"]);
- * assertEquals(checked, 2);
- * ```
- *
- * @throws {RangeError} if the port, the timeout or the concurrency is out of range
- * @throws {TypeError} if the path or the check is none
- */
-export async function probeNodes(nodes: Iterable<ClusterNode>, options: SweepOptions = {}): Promise<NodeProbe[]> {
-  return await sweep([...nodes], nodeEndpoints, options);
-}
-
-async function sweep(
-  nodes: readonly ClusterNode[],
-  endpointsOf: (node: ClusterNode, settings: ProbeSettings) => Endpoint[],
-  options: SweepOptions,
-): Promise<NodeProbe[]> {
-  const { concurrency = DEFAULT_CONCURRENCY, onProbe, signal } = options;
-  if (!(Number.isInteger(concurrency) && concurrency > 0)) {
-    throw new RangeError(`Cannot check ${concurrency} nodes at once: expected an integer above 0`);
-  }
-  const settings = probeSettings(options);
-  signal?.throwIfAborted();
-  openSignalSockets();
-
-  const probes = new Array<NodeProbe>(nodes.length);
-  const ended = new AbortController();
-  let next = 0;
-  const work = async () => {
-    while (next < nodes.length) {
-      const index = next++;
-      const probe = await probeAt(nodes[index]!, endpointsOf, settings);
-      if (ended.signal.aborted) return;
-      probes[index] = probe;
-      onProbe?.(probe);
-    }
-  };
-  // Where nodes answer at once, few checks at a time are the fastest; where they do not, all are under way in no time.
-  const workAll = async () => {
-    const workers: Promise<void>[] = [];
-    while (workers.length < concurrency && next < nodes.length && !ended.signal.aborted) {
-      const more = Math.min(workers.length || FIRST_CONCURRENCY, concurrency - workers.length, nodes.length - next);
-      for (let started = 0; started < more; started++) workers.push(work());
-      if (next < nodes.length) await settledOrAfter(Promise.all(workers), MORE_CONCURRENCY_MS, ended.signal);
-    }
-    await Promise.all(workers);
-  };
-  // One listener for the whole call: with one for each node, to remove them would take longer than to connect.
-  const abortion = Promise.withResolvers<never>();
-  const abort = () => abortion.reject(signal?.reason);
-  signal?.addEventListener("abort", abort);
-  try {
-    await Promise.race([workAll(), abortion.promise]);
-    return probes;
-  } finally {
-    signal?.removeEventListener("abort", abort);
-    ended.abort();
-    settings.running.abortAll();
-  }
-}
-
-/**
- * Half a second after its start, Deno opens two sockets of its own for signals, and panics if a sweep has taken the last
- * descriptor by then. This has it open them now.
- */
+/** Has Deno open its sockets for signals: it would half a second later, and panic if a sweep has every descriptor. */
 function openSignalSockets(): void {
   const ignore = () => {};
   try {
     Deno.addSignalListener("SIGWINCH", ignore);
     Deno.removeSignalListener("SIGWINCH", ignore);
   } catch {
-    // Where there are no such signals, there are no such sockets.
+    // A system that has no such signals opens no such sockets.
   }
-}
-
-function nodeEndpoints(node: ClusterNode, settings: ProbeSettings): Endpoint[] {
-  const { port = node.dataServerPort, path } = settings;
-  const endpoints = node.addresses.map((address): Endpoint => ({ address, port, path, isTls: false }));
-  if (settings.port === undefined && node.dataServerUrl) endpoints.push(...urlEndpoint(node, settings));
-  return endpoints;
-}
-
-/** The check at `data_server_url`, which may have a path of its own. */
-function urlEndpoint(node: ClusterNode, settings: ProbeSettings): Endpoint[] {
-  if (!node.dataServerUrl || !URL.canParse(node.dataServerUrl)) return [];
-  const { hostname, port, pathname, protocol } = new URL(node.dataServerUrl);
-  const isTls = protocol === "https:";
-  return [{
-    address: withoutBrackets(hostname),
-    port: Number(port) || (isTls ? 443 : 80),
-    path: pathname.replace(/\/+$/, "") + settings.path,
-    isTls,
-  }];
-}
-
-function dataServerEndpoints(node: ClusterNode, settings: ProbeSettings): Endpoint[] {
-  return node.dataServerUrl ? urlEndpoint(node, settings) : nodeEndpoints(node, settings);
-}
-
-const STATE_RANK: Readonly<Record<NodeState, number>> = { up: 3, unhealthy: 2, unknown: 1, down: 0 };
-
-async function probeAt(
-  node: ClusterNode,
-  endpointsOf: (node: ClusterNode, settings: ProbeSettings) => Endpoint[],
-  settings: ProbeSettings,
-): Promise<NodeProbe> {
-  const outcomes = await tryEndpoints(endpointsOf(node, settings), settings);
-  const best = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state])[0];
-  if (!best) {
-    return {
-      node,
-      state: "down",
-      address: undefined,
-      port: settings.port ?? node.dataServerPort,
-      connectMs: undefined,
-      status: undefined,
-      failure: { code: "no-address", message: "no address: set tailscale_ip or ssh_host" },
-    };
-  }
-  const { state, endpoint, connectMs, status, failure } = best;
-  return {
-    node,
-    state,
-    address: connectMs === undefined ? undefined : endpoint.address,
-    port: endpoint.port,
-    connectMs,
-    status,
-    failure: failure && connectMs === undefined && outcomes.length > 1
-      ? {
-        code: failure.code,
-        message: outcomes.map((it) => `${it.endpoint.address}: ${it.failure?.message}`).join("; "),
-      }
-      : failure,
-  };
-}
-
-/** The outcome at each endpoint that was tried, in their order; the last started one that is up ends the others. */
-async function tryEndpoints(endpoints: readonly Endpoint[], settings: ProbeSettings): Promise<Outcome[]> {
-  const { timeoutMs, running } = settings;
-  const controller = running.start();
-  try {
-    const [only] = endpoints;
-    if (only && endpoints.length === 1) return [await tryEndpoint(only, settings, controller.signal)];
-    const nextMs = Math.min(NEXT_ADDRESS_MS, timeoutMs / endpoints.length);
-    const attempts: Promise<Outcome>[] = [];
-    for (const endpoint of endpoints) {
-      if (controller.signal.aborted) break;
-      const attempt = tryEndpoint(endpoint, settings, controller.signal).then((outcome) => {
-        if (outcome.state === "up") controller.abort();
-        return outcome;
-      });
-      attempts.push(attempt);
-      await settledOrAfter(attempt, nextMs, controller.signal);
-    }
-    return await Promise.all(attempts);
-  } finally {
-    running.end(controller);
-  }
-}
-
-async function settledOrAfter(promise: Promise<unknown>, ms: number, signal: AbortSignal): Promise<void> {
-  const settled = new AbortController();
-  const pause = delay(ms, { signal: AbortSignal.any([signal, settled.signal]) }).catch(() => {});
-  try {
-    await Promise.race([promise, pause]);
-  } finally {
-    settled.abort();
-  }
-}
-
-async function tryEndpoint(endpoint: Endpoint, settings: ProbeSettings, signal: AbortSignal): Promise<Outcome> {
-  const started = performance.now();
-  let connectMs: number | undefined;
-  try {
-    if (!settings.isNetOpen) requireNet(hostPort(endpoint.address, endpoint.port));
-    const conn = await connect(endpoint, signal);
-    connectMs = performance.now() - started;
-    if (settings.check === "tcp") {
-      conn.close();
-      return { endpoint, state: "up", connectMs };
-    }
-    return { endpoint, state: "up", connectMs, status: await requestStatus(conn, endpoint, signal) };
-  } catch (error) {
-    const fault = signal.aborted && !(error instanceof ProbeFault) ? signal.reason : error;
-    const failure = connectMs === undefined ? connectFailure(fault) : responseFailure(fault);
-    const isLocal = failure.code === "denied" || failure.code === "local-resource";
-    const state = isLocal ? "unknown" : connectMs === undefined ? "down" : "unhealthy";
-    return connectMs === undefined ? { endpoint, state, failure } : { endpoint, state, connectMs, failure };
-  }
-}
-
-async function connect({ address, port }: Endpoint, signal: AbortSignal): Promise<Deno.TcpConn> {
-  const isLiteral = address.includes(":") || /^\d+\.\d+\.\d+\.\d+$/.test(address);
-  if (isLiteral) return await connectTo(address, port, signal);
-  let fault: unknown;
-  for (const resolved of await lookUp(address, port, signal)) {
-    // By its address where that is permitted, else by its name again, as the flag says.
-    const isPermitted = netState(hostPort(resolved, port)) === "granted";
-    try {
-      return await connectTo(isPermitted ? resolved : address, port, signal);
-    } catch (error) {
-      fault = error;
-      if (signal.aborted || !isPermitted) break;
-    }
-  }
-  throw fault;
-}
-
-async function connectTo(hostname: string, port: number, signal: AbortSignal): Promise<Deno.TcpConn> {
-  let shortage: ProbeFault | undefined;
-  for (let waitMs = 5;; waitMs = Math.min(waitMs * 2, 100)) {
-    try {
-      return await Deno.connect({ hostname, port, signal });
-    } catch (error) {
-      // The node had only the rest of its time: that it did not answer within it says nothing.
-      if (shortage && signal.aborted) throw shortage;
-      if (!["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"].includes(errorCode(error))) throw error;
-      shortage = new ProbeFault("local-resource", `this machine ran out of descriptors (${errorCode(error)})`);
-      // Other checks of this very sweep give their descriptors back: wait, with jitter, until the node's deadline.
-      await delay(waitMs * (0.5 + Math.random()), { signal }).catch(() => {});
-      if (signal.aborted) throw shortage;
-    }
-  }
-}
-
-let lookupsRunning = 0;
-const lookupsWaiting = new Set<() => void>();
-
-/**
- * The addresses of a name. A lookup cannot be cancelled and occupies a thread until it ends, however long after the
- * deadline, so its turn is given on only then.
- */
-async function lookUp(name: string, port: number, signal: AbortSignal): Promise<string[]> {
-  // Loaded for names alone: it doubles the time that a program takes to start.
-  const { lookup } = await import("node:dns");
-  const timedOut = new ProbeFault("timeout", "the name lookup did not end in time");
-  return await new Promise((resolve, reject) => {
-    const abort = () => {
-      lookupsWaiting.delete(start);
-      reject(timedOut);
-    };
-    const start = () => {
-      lookupsRunning++;
-      // Deno checks the net permission of exactly this port, where it is given.
-      const options = { all: true, port } as { all: true };
-      lookup(name, options, (error, found) => {
-        lookupsRunning--;
-        const next = lookupsWaiting.values().next().value;
-        if (next) {
-          lookupsWaiting.delete(next);
-          next();
-        }
-        signal.removeEventListener("abort", abort);
-        if (error) reject(new ProbeFault("dns", `the name does not resolve (${error.code ?? error.message})`));
-        else resolve(found.map(({ address }) => address));
-      });
-    };
-    if (signal.aborted) return reject(timedOut);
-    signal.addEventListener("abort", abort);
-    if (lookupsRunning < MAX_LOOKUPS) start();
-    else lookupsWaiting.add(start);
-  });
-}
-
-/** A failed check whose reason is known where it is found. */
-class ProbeFault extends Error {
-  readonly code: FailureCode;
-
-  constructor(code: FailureCode, message: string) {
-    super(message);
-    this.code = code;
-  }
-}
-
-function connectFailure(error: unknown): ProbeFailure {
-  if (error instanceof ProbeFault) return { code: error.code, message: error.message };
-  if (error instanceof Deno.errors.NotCapable) return { code: "denied", message: error.message };
-  if (isTimeout(error)) return { code: "timeout", message: errorText(error) };
-  switch (errorCode(error)) {
-    case "ECONNREFUSED":
-      return { code: "refused", message: "connection refused" };
-    case "ENETUNREACH":
-    case "EHOSTUNREACH":
-      return { code: "unreachable", message: "no route to the host" };
-    case "EACCES":
-    case "EPERM":
-    case "EINVAL":
-      return { code: "unreachable", message: "blocked by a route or a firewall of this machine" };
-    case "ETIMEDOUT":
-      return { code: "timeout", message: "the system gave up connecting" };
-    case "EADDRNOTAVAIL":
-      return { code: "local-resource", message: "this machine has no local address or port left for it" };
-  }
-  if (/failed to lookup address/.test(errorText(error))) return { code: "dns", message: "the name does not resolve" };
-  return { code: "other", message: errorText(error) };
-}
-
-function responseFailure(error: unknown): ProbeFailure {
-  if (error instanceof ProbeFault) return { code: error.code, message: error.message };
-  if (isTimeout(error)) return { code: "timeout", message: `accepted, but ${errorText(error)}` };
-  if (error instanceof Deno.errors.InvalidData) return { code: "bad-response", message: `TLS: ${errorText(error)}` };
-  return { code: "bad-response", message: `the connection broke (${errorText(error)})` };
-}
-
-function isTimeout(error: unknown): boolean {
-  return error instanceof DOMException && error.name === "TimeoutError";
 }
 
 /**
- * One GET over a connection that is already made. Neither `fetch` nor `node:http` fits a sweep: the one obeys proxies
- * of the environment, the other takes twice the time and memory (README, Performance).
- */
-async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint, signal: AbortSignal): Promise<StatusDocument> {
-  const { address, port, path, isTls } = endpoint;
-  let conn: Deno.Conn = tcp;
-  let isOpen = true;
-  const close = () => {
-    if (!isOpen) return;
-    isOpen = false;
-    try {
-      conn.close();
-    } catch {
-      // A TLS handshake has taken it over, and is closed in its place.
-    }
-  };
-  // Closing the connection is what ends a read that never returns.
-  signal.addEventListener("abort", close);
-  try {
-    signal.throwIfAborted();
-    if (isTls) {
-      conn = await Deno.startTls(tcp, { hostname: address });
-      isOpen = true;
-      signal.throwIfAborted();
-    }
-    const request = new TextEncoder().encode(
-      `GET ${path} HTTP/1.1\r\nHost: ${hostPort(address, port)}\r\nAccept: application/json\r\n` +
-        "Accept-Encoding: identity\r\nUser-Agent: cluster-hosts\r\nConnection: close\r\n\r\n",
-    );
-    for (let sent = 0; sent < request.length;) sent += await conn.write(request.subarray(sent));
-    return parseStatus(await readBody(new ResponseReader(conn)));
-  } finally {
-    signal.removeEventListener("abort", close);
-    close();
-  }
-}
-
-/** Reads an answer piece by piece, never more than it may have. */
-class ResponseReader {
-  readonly #conn: Deno.Conn;
-  #buffer = new Uint8Array(2048);
-  #start = 0;
-  #end = 0;
-
-  constructor(conn: Deno.Conn) {
-    this.#conn = conn;
-  }
-
-  /** What was read and not taken yet. */
-  get pending(): Uint8Array<ArrayBuffer> {
-    return this.#buffer.subarray(this.#start, this.#end);
-  }
-
-  /** Reads once; `false` at the end of the stream. */
-  async fill(): Promise<boolean> {
-    if (this.#end === this.#buffer.length) {
-      const larger = new Uint8Array(Math.max(this.#buffer.length, 2 * this.pending.length));
-      larger.set(this.pending);
-      this.#end -= this.#start;
-      this.#start = 0;
-      this.#buffer = larger;
-    }
-    const count = await this.#conn.read(this.#buffer.subarray(this.#end));
-    this.#end += count ?? 0;
-    return count !== null;
-  }
-
-  /** Takes `length` bytes, which are valid until the next read. */
-  async take(length: number): Promise<Uint8Array<ArrayBuffer>> {
-    while (this.#end - this.#start < length) {
-      if (!await this.fill()) throw new ProbeFault("bad-response", "the answer ended before it was complete");
-    }
-    this.#start += length;
-    return this.#buffer.subarray(this.#start - length, this.#start);
-  }
-
-  /** Takes the text up to `end`, and `end` itself: `\n`, or `\n\n` for a head with its empty line. */
-  async text(end: "\n" | "\n\n", maxBytes: number): Promise<string> {
-    for (let searched = 0;;) {
-      const pending = this.pending;
-      for (let at = pending.indexOf(10, searched); at >= 0; at = pending.indexOf(10, at + 1)) {
-        if (at > maxBytes) break;
-        const next = pending[at + 1] === 13 ? at + 2 : at + 1;
-        if (end === "\n") return LATIN1.decode(await this.take(at + 1)).trimEnd();
-        if (pending[next] === 10) return LATIN1.decode(await this.take(next + 1)).trimEnd();
-        searched = at;
-      }
-      if (end === "\n") searched = pending.length;
-      if (pending.length > maxBytes) {
-        throw end === "\n"
-          ? new ProbeFault("bad-response", "a chunk without a size, or longer than it")
-          : new ProbeFault("too-large", `the head of the answer is larger than ${MAX_HEAD_BYTES} bytes`);
-      }
-      if (!await this.fill()) throw new ProbeFault("bad-response", "the connection was closed without an answer");
-    }
-  }
-
-  /** Takes all that comes until the stream ends. */
-  async rest(maxBytes: number): Promise<Uint8Array<ArrayBuffer>> {
-    while (await this.fill()) if (this.pending.length > maxBytes) throw tooLarge();
-    return await this.take(this.pending.length);
-  }
-}
-
-const LATIN1 = new TextDecoder("latin1");
-
-function tooLarge(): ProbeFault {
-  return new ProbeFault("too-large", `the answer is larger than ${MAX_BODY_BYTES} bytes`);
-}
-
-async function readBody(reader: ResponseReader): Promise<Uint8Array<ArrayBuffer>> {
-  const { status, headers } = await readHead(reader);
-  if (status >= 300 && status < 400) {
-    const location = headers.get("location");
-    throw new ProbeFault("redirect", `HTTP ${status}, a redirect${location ? ` to ${location.slice(0, 200)}` : ""}`);
-  }
-  if (status < 200 || status >= 300) throw new ProbeFault("http-status", `HTTP ${status}`);
-  if (status === 204 || status === 205) throw new ProbeFault("bad-response", `HTTP ${status}, without a body`);
-  const encoding = headers.get("content-encoding");
-  if (encoding && encoding.toLowerCase() !== "identity") {
-    throw new ProbeFault("bad-response", "the answer is compressed, which was not asked for");
-  }
-  const transfer = headers.get("transfer-encoding");
-  if (transfer !== undefined) {
-    if (transfer.toLowerCase() !== "chunked") throw new ProbeFault("bad-response", "an unknown transfer encoding");
-    return await readChunks(reader);
-  }
-  const length = headers.get("content-length");
-  if (length === undefined) return await reader.rest(MAX_BODY_BYTES);
-  if (!/^\d+$/.test(length)) throw new ProbeFault("bad-response", "a content length that is no number");
-  if (Number(length) > MAX_BODY_BYTES) throw tooLarge();
-  return await reader.take(Number(length));
-}
-
-async function readHead(reader: ResponseReader): Promise<{ status: number; headers: Map<string, string> }> {
-  // Answers 1xx may come before the one that counts; all of them share the limit.
-  for (let budget = MAX_HEAD_BYTES;;) {
-    while (reader.pending.length < 5) {
-      if (!await reader.fill()) throw new ProbeFault("bad-response", "the connection was closed without an answer");
-    }
-    if (LATIN1.decode(reader.pending.subarray(0, 5)) !== "HTTP/") {
-      throw new ProbeFault("bad-response", "the answer is not HTTP");
-    }
-    const head = await reader.text("\n\n", budget);
-    const [start = "", ...lines] = head.split("\n");
-    const status = Number(/^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(start)?.[1]);
-    if (!status) throw new ProbeFault("bad-response", "the answer is not HTTP/1");
-    budget -= head.length;
-    if (status < 200) continue;
-    const headers = new Map<string, string>();
-    for (const line of lines) {
-      const colon = line.indexOf(":");
-      if (colon > 0) headers.set(line.slice(0, colon).toLowerCase(), line.slice(colon + 1).trim());
-    }
-    return { status, headers };
-  }
-}
-
-async function readChunks(reader: ResponseReader): Promise<Uint8Array<ArrayBuffer>> {
-  const chunks: Uint8Array<ArrayBuffer>[] = [];
-  let total = 0;
-  while (true) {
-    const digits = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.text("\n", 1024))?.[1];
-    if (!digits) throw new ProbeFault("bad-response", "a chunk without a size");
-    const size = parseInt(digits, 16);
-    total += size;
-    if (total > MAX_BODY_BYTES) throw tooLarge();
-    if (size === 0) break;
-    chunks.push((await reader.take(size)).slice());
-    if (await reader.text("\n", 2) !== "") throw new ProbeFault("bad-response", "a chunk longer than its size");
-  }
-  const body = new Uint8Array(total);
-  let offset = 0;
-  for (const chunk of chunks) {
-    body.set(chunk, offset);
-    offset += chunk.length;
-  }
-  return body;
-}
-
-function parseStatus(body: Uint8Array<ArrayBuffer>): StatusDocument {
-  let document: unknown;
-  try {
-    const text = new TextDecoder("utf-8", { fatal: true }).decode(body);
-    document = JSON.parse(text);
-    if (depthOf(text) > MAX_STATUS_DEPTH) throw new RangeError("nested too deeply");
-  } catch (error) {
-    const reason = error instanceof RangeError ? "is nested too deeply" : "is not JSON";
-    throw new ProbeFault("bad-response", `the answer ${reason}`);
-  }
-  if (isMapping(document)) return document;
-  throw new ProbeFault("bad-response", `the answer is JSON, but ${typeName(document)}, not an object`);
-}
-
-/** How deeply JSON is nested: what `JSON.parse` takes can be too deep for `JSON.stringify`. */
-function depthOf(json: string): number {
-  // Below this, it cannot be too deep.
-  if (json.length <= 2 * MAX_STATUS_DEPTH) return 0;
-  let depth = 0;
-  let deepest = 0;
-  for (const [token] of json.matchAll(/"(?:[^"\\]|\\.)*"|[[{]|[\]}]/g)) {
-    if (token === "[" || token === "{") deepest = Math.max(deepest, ++depth);
-    else if (token === "]" || token === "}") depth--;
-  }
-  return deepest;
-}
-
-/**
- * The active nodes of an inventory that are up, in its order.
+ * Checks many nodes in parallel and gives one outcome for each, in their order: it takes as long as the slowest answer.
+ * A node's endpoints are raced best first within its deadline, so that one that is dead never hides one that is alive.
  *
- * Permissions: those of {@linkcode getClusterNodes}, and net to each `address:port` of the nodes.
+ * There are no retries: TCP repeats a lost packet itself, after 1 and 3 seconds, for which the default deadline leaves
+ * time. If descriptors run out, fewer nodes are under way, and each still has the whole of its time. A request goes
+ * straight to the node: no proxy, no redirect, no compression, 1 MiB of body at most.
  *
- * @example Who answers?
+ * @example Sweep
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
  *
- * const answer = () => Response.json({ version: "2" });
+ * const answer = () => Response.json({ version: "1" });
  * await using server = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen() {} }, answer);
- * const hosts = { "gpu-1": { tailscale_ip: "127.0.0.1", data_server_port: server.addr.port }, "gpu-2": {} };
- * const reachable = await discoverReachableNodes({ source: { hosts, elo_sync: {} } });
- * assertEquals(reachable.map(({ node, status }) => `${node.name}: ${status.version}`), ["gpu-1: 2"]);
+ * const nodes = ["a", "b"].map((name) => new ClusterNode({ name, tailscaleIp: "127.0.0.1" }));
+ * const probes = await probeNodes(nodes, { port: server.addr.port });
+ * assertEquals(probes.map((probe) => probe.state), ["up", "up"]);
  * ```
- *
- * @throws {Deno.errors.NotCapable} if a permission is missing: a node that may not be checked never looks down
- * @throws {HostsConfigError} if the inventory cannot be used
  */
-export async function discoverReachableNodes(options: DiscoverOptions = {}): Promise<ReachableNode[]> {
-  const nodes = selectNodes((await getClusterNodes(options.source)).values(), options.selection);
-  return await reachableNodes(nodes, nodeEndpoints, options);
+export async function probeNodes(nodes: Iterable<ClusterNode>, options: SweepOptions = {}): Promise<NodeProbe[]> {
+  const list = [...nodes];
+  const probes = new Array<NodeProbe>(list.length);
+  let known = 0;
+  const pool = new ProbePool(list, options, (probe, index) => {
+    probes[index] = probe;
+    options.onProbe?.(probe);
+    if (++known === list.length) pool.finish();
+  });
+  if (list.length === 0) pool.finish();
+  await pool.run();
+  return probes;
 }
 
-async function reachableNodes(
-  nodes: readonly ClusterNode[],
-  endpointsOf: (node: ClusterNode, settings: ProbeSettings) => Endpoint[],
-  options: SweepOptions,
-): Promise<ReachableNode[]> {
-  const probes = await sweep(nodes, endpointsOf, options);
-  throwIfDenied(probes, options.port);
-  return probes.flatMap(({ node, state, status = {}, address, connectMs }) =>
-    state === "up" && address !== undefined && connectMs !== undefined ? [{ node, status, address, connectMs }] : []
-  );
+/** Checks one node. A permission that is missing makes the state `unknown` and the failure `denied`. */
+export async function probeNode(node: ClusterNode, options: ProbeOptions = {}): Promise<NodeProbe> {
+  return (await probeNodes([node], options))[0]!;
+}
+
+/** Whether a node is up; {@linkcode probeNode} tells why not. */
+export async function checkNodeReachable(node: ClusterNode, options: ProbeOptions = {}): Promise<boolean> {
+  return (await upProbes([node], options)).length > 0;
+}
+
+/** The JSON object at `http://hostname:port/status`, or `undefined` if there is no such answer. */
+export async function checkHttpEndpoint(
+  hostname: string,
+  port: number,
+  options: ProbeOptions = {},
+): Promise<StatusDocument | undefined> {
+  requireValid("hostname", hostname, parseHost);
+  requireValid("port", port, parsePort);
+  const node = new ClusterNode({ name: hostname, tailscaleIp: hostname });
+  const [probe] = await upProbes([node], { ...options, port });
+  return probe?.status;
+}
+
+async function upProbes(nodes: readonly ClusterNode[], options: SweepOptions): Promise<NodeProbe[]> {
+  const probes = await probeNodes(nodes, options);
+  throwIfDenied(probes);
+  return probes.filter(({ state }) => state === "up");
+}
+
+/** A node that is up, as {@linkcode discoverReachableNodes} gives it; `status` is empty if it answered no JSON object. */
+export type ReachableNode = { readonly [K in "node" | "status" | "address" | "connectMs"]: NonNullable<NodeProbe[K]> };
+
+/** Options of {@linkcode discoverReachableNodes}. */
+export interface DiscoverOptions extends SweepOptions {
+  /** The inventory. @default {DEFAULT_CONFIG_PATH} */
+  readonly source?: ConfigSource | undefined;
+  /** Which nodes to check. All active ones by default. */
+  readonly selection?: NodeSelection | undefined;
+}
+
+/** The active nodes of an inventory that are up, in its order. */
+export async function discoverReachableNodes(options: DiscoverOptions = {}): Promise<ReachableNode[]> {
+  options.signal?.throwIfAborted();
+  const nodes = selectNodes((await getClusterNodes(options.source)).values(), options.selection);
+  return (await upProbes(nodes, options)).map(({ node, status = {}, address = "", connectMs = 0 }) => {
+    return { node, status, address, connectMs };
+  });
+}
+
+/** Options of {@linkcode watchNodes}. */
+export interface WatchOptions extends SweepOptions {
+  /** Milliseconds from a node's answer to its next check: by default 5000, for {@linkcode waitForNodes} 2000. */
+  readonly intervalMs?: number | undefined;
 }
 
 /**
- * `http://ADDRESS:PORT/PATH` of each active node whose `/status` on that port answers, in the order of the inventory,
- * without duplicates, at the address that answered.
+ * Gives each outcome as it is known, and asks each node again `intervalMs` after its last answer, though not before that
+ * was taken; one that hangs holds up nobody. When the signal aborts, the loop ends without an error.
+ */
+export async function* watchNodes(nodes: Iterable<ClusterNode>, options: WatchOptions = {}): AsyncGenerator<NodeProbe> {
+  const { intervalMs = DEFAULTS.watchIntervalMs, signal } = options;
+  requireDuration("intervalMs", intervalMs);
+  const outcomes: { probe: NodeProbe; index: number; atMs: number }[] = [];
+  let wake = () => {};
+  let end: { readonly error?: unknown } | undefined;
+  const pool = new ProbePool([...nodes], options, (probe, index) => {
+    outcomes.push({ probe, index, atMs: performance.now() });
+    options.onProbe?.(probe);
+    wake();
+  });
+  const running = pool.run().then(() => end = {}, (error) => end = { error }).then(() => wake());
+  try {
+    while (!signal?.aborted) {
+      const next = outcomes.shift();
+      if (next) {
+        yield next.probe;
+        pool.add(next.index, next.atMs + intervalMs - performance.now());
+      } else if (end) throw end.error;
+      else await new Promise<void>((resolve) => wake = resolve);
+    }
+  } finally {
+    pool.finish();
+    await running;
+  }
+}
+
+/** Options of {@linkcode waitForNodes}. */
+export interface WaitOptions extends WatchOptions {
+  /** How many nodes have to be up. All of them by default. */
+  readonly minUp?: number | undefined;
+  /** How long to wait in all, in milliseconds. @default {300000} */
+  readonly deadlineMs?: number | undefined;
+}
+
+/**
+ * Waits until enough nodes are up, each asked again on its own schedule, and gives the last answer of each, in their
+ * order: at the moment when the last one that was needed is up, else at the deadline.
  *
- * Permissions: those of {@linkcode discoverReachableNodes}; with `excludeSelf` those of {@linkcode getDataSyncUrls}.
+ * @throws {Deno.errors.NotCapable} at once, with the flag, if the nodes that may be checked cannot be enough
+ */
+export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOptions = {}): Promise<NodeProbe[]> {
+  const list = [...nodes];
+  const { minUp = list.length, intervalMs = DEFAULTS.waitIntervalMs, deadlineMs = DEFAULTS.waitDeadlineMs } = options;
+  requireCount("minUp", minUp, 0, list.length);
+  requireDuration("intervalMs", intervalMs);
+  requireDuration("deadlineMs", deadlineMs);
+  const endMs = performance.now() + deadlineMs;
+  const last: NodeProbe[] = [];
+  const denied: NodeProbe[] = [];
+  let up = 0;
+  const pool = new ProbePool(list, options, (probe, index) => {
+    // What the deadline cuts off takes nothing from an answer that there was.
+    if (pool.isOver && last[index]) return;
+    up += Number(probe.state === "up") - Number(last[index]?.state === "up");
+    last[index] = probe;
+    options.onProbe?.(probe);
+    // The closer to the deadline, the sooner again, so that none is missed that comes up before it.
+    const leftMs = Math.max(100, endMs - performance.now());
+    if (probe.failure?.code !== "denied") pool.add(index, Math.min(intervalMs, leftMs / 2));
+    else if (denied.push(probe) > list.length - minUp) throwIfDenied(denied);
+    if (up >= minUp) pool.finish();
+  });
+  if (minUp === 0) pool.finish();
+  const timer = setTimeout(() => pool.cutOff(timeoutError(deadlineMs)), deadlineMs);
+  await pool.run().finally(() => clearTimeout(timer));
+  const failure = { code: "other", message: "it was not awaited" } as const;
+  return list.map((node, index) => last[index] ?? { ...uncheckedProbe(node, options.port), state: "unknown", failure });
+}
+
+// --- URLs ---
+
+/** Options of {@linkcode getDataSyncUrls}. */
+export interface DataSyncUrlOptions extends Omit<DiscoverOptions, "port" | "path" | "check"> {
+  /** Whether this host itself is left out. @default {true} */
+  readonly excludeSelf?: boolean | undefined;
+  /** Whether nodes that are not up are left out; if not, nothing is checked. @default {true} */
+  readonly reachableOnly?: boolean | undefined;
+}
+
+/** Options of {@linkcode getSyncUrls} and {@linkcode getEloSyncUrls}, which do not leave out this host by default. */
+export interface SyncUrlOptions extends DataSyncUrlOptions {
+  /** The port of the URLs, which is also the one that is checked. @default {8766} */
+  readonly port?: number | undefined;
+  /** The path of the URLs. What is checked is the status path. @default {"/db"} */
+  readonly path?: string | undefined;
+}
+
+/**
+ * `http://ADDRESS:PORT/PATH` of each active node that is up on that port, in the order of the inventory, without
+ * duplicates, at the address that answered.
  *
  * @example The model servers
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
  *
- * const source = { hosts: { "gpu-1": { tailscale_ip: "100.64.0.1" } }, elo_sync: {} };
+ * const source = { hosts: { "gpu-1": { tailscale_ip: "100.64.0.1" } } };
  * const urls = await getSyncUrls({ source, port: MODEL_SYNC_PORT, path: "/models", reachableOnly: false });
  * assertEquals(urls, ["http://100.64.0.1:8765/models"]);
  * ```
- *
- * @throws {HostsConfigError} if the inventory cannot be used
- * @throws {Deno.errors.NotCapable} if a permission is missing; the message names the flag
  */
 export async function getSyncUrls(options: SyncUrlOptions = {}): Promise<string[]> {
-  const { port = DATA_SYNC_PORT, path = "/db", ...rest } = options;
-  probeSettings({ port, path });
-  const url = (address: string) => `http://${hostPort(address, port)}${path}`;
-  return await syncUrls({ excludeSelf: false, ...rest }, {
-    check: { port, path: "/status" },
-    endpointsOf: nodeEndpoints,
-    checkedUrl: (_node, address) => url(address),
-    uncheckedUrl: ({ bestIp }) => bestIp === undefined ? undefined : url(bestIp),
-  });
+  const { port = DATA_SYNC_PORT, path = "/db", excludeSelf = false } = options;
+  requireValid("path", path, parsePath);
+  requireValid("port", port, parsePort);
+  return await syncUrls({ ...options, excludeSelf }, port, path);
 }
 
-/**
- * The URLs of the Elo database on the nodes that answer: {@linkcode getSyncUrls} at the port that `elo_sync.sync_port`
- * sets.
- *
- * Permissions and errors: those of {@linkcode getSyncUrls}.
- *
- * @example The configured port
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const source = { hosts: { "gpu-1": { tailscale_ip: "fd7a::1" } }, elo_sync: { sync_port: 9000 } };
- * assertEquals(await getEloSyncUrls({ source, reachableOnly: false }), ["http://[fd7a::1]:9000/db"]);
- * ```
- */
+/** The URLs of the Elo database on the nodes that are up: {@linkcode getSyncUrls} at the port of `elo_sync.sync_port`. */
 export async function getEloSyncUrls(options: SyncUrlOptions = {}): Promise<string[]> {
-  const source = await loadHostsConfig(options.source);
-  return await getSyncUrls({ ...options, source, port: options.port ?? eloSyncConfig(source).syncPort });
+  const { config: source, eloSync } = await loadParsed(options.source);
+  return await getSyncUrls({ ...options, source, port: options.port ?? eloSync.syncPort });
 }
 
 /**
- * The base URL of the data server of each active node that answers, this host left out: each is checked at its own
- * data server port, or at its `data_server_url`.
- *
- * This host is a node named like it (`RINGRIFT_NODE_ID`, else the hostname, whole or to its first dot, in any case), or
- * one with an address of this host, where `networkInterfaces` may be read.
- *
- * Permissions: those of {@linkcode discoverReachableNodes}; with `excludeSelf`, env of `RINGRIFT_NODE_ID` (unset where
- * it may not be read), sys of `hostname` where that is unset, and of `networkInterfaces` where it is granted.
- *
- * @example Every configured data server
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
- * const source = { hosts: { "gpu-1": { ssh_host: "192.0.2.1", data_server_port: 9001 } }, elo_sync: {} };
- * assertEquals(await getDataSyncUrls({ source, excludeSelf: false, reachableOnly: false }), ["http://192.0.2.1:9001"]);
- * ```
- *
- * @throws {HostsConfigError} if the inventory cannot be used
- * @throws {Deno.errors.NotCapable} if a permission is missing; the message names the flag
+ * The base URL of the data server of each active node that is up, this host left out: the node named like it
+ * (`RINGRIFT_NODE_ID`, else the hostname), and those with an address of its own.
  */
 export async function getDataSyncUrls(options: DataSyncUrlOptions = {}): Promise<string[]> {
-  return await syncUrls({ excludeSelf: true, ...options }, {
-    check: {},
-    endpointsOf: dataServerEndpoints,
-    checkedUrl: (node, address) => node.dataServerUrl ?? `http://${hostPort(address, node.dataServerPort)}`,
-    uncheckedUrl: (node) => node.dataServerBaseUrl,
-  });
+  return await syncUrls({ excludeSelf: true, ...options }, undefined, "");
 }
 
-async function syncUrls(
-  options: DataSyncUrlOptions,
-  kind: {
-    readonly check: { readonly port?: number; readonly path?: string };
-    readonly endpointsOf: (node: ClusterNode, settings: ProbeSettings) => Endpoint[];
-    readonly checkedUrl: (node: ClusterNode, address: string) => string;
-    readonly uncheckedUrl: (node: ClusterNode) => string | undefined;
-  },
-): Promise<string[]> {
-  const { source, selection, excludeSelf, reachableOnly = true, ...sweepOptions } = options;
-  sweepOptions.signal?.throwIfAborted();
-  const selected = selectNodes((await getClusterNodes(source)).values(), selection);
+async function syncUrls(options: DataSyncUrlOptions, port: number | undefined, path: string): Promise<string[]> {
+  const { source, selection, excludeSelf, reachableOnly = true, signal, timeoutMs, concurrency, onProbe } = options;
+  signal?.throwIfAborted();
   const isSelf = excludeSelf ? selfTest() : () => false;
-  const nodes = selected.filter((node) => !isSelf(node));
-  const urls = reachableOnly
-    ? (await reachableNodes(nodes, kind.endpointsOf, { ...sweepOptions, ...kind.check }))
-      .map(({ node, address }) => kind.checkedUrl(node, address))
-    : nodes.map(kind.uncheckedUrl).filter((url) => url !== undefined);
-  return [...new Set(urls)];
+  const nodes = selectNodes((await getClusterNodes(source)).values(), selection).filter((node) => !isSelf(node));
+  const endpoints = reachableOnly
+    ? (await upProbes(nodes, { signal, timeoutMs, concurrency, onProbe, port })).map(({ endpoint }) => endpoint)
+    : nodes.map((node) => dataEndpoints(node, port)[0]);
+  return [...new Set(endpoints.filter((endpoint) => endpoint !== undefined).map((it) => endpointUrl(it, path)))];
 }
 
 function selfTest(): (node: ClusterNode) => boolean {
-  const nodeId = readEnv("RINGRIFT_NODE_ID");
-  if (nodeId === undefined) {
-    requirePermission({ name: "sys", kind: "hostname" }, "--allow-sys=hostname", "to leave out this host itself");
-  }
+  const nodeId = readVariable("RINGRIFT_NODE_ID");
+  const purpose = "sys access to leave out this host itself";
+  if (!nodeId) requirePermission({ name: "sys", kind: "hostname" }, "--allow-sys=hostname", purpose);
   const name = (nodeId ?? Deno.hostname()).toLowerCase();
-  const names = new Set([name, name.split(".", 1)[0]!]);
+  const names = [name, name.split(".", 1)[0]!];
   const mayReadAddresses = Deno.permissions.querySync({ name: "sys", kind: "networkInterfaces" }).state === "granted";
-  const addresses = new Set(
-    (mayReadAddresses ? Deno.networkInterfaces() : []).map(({ address }) => address.toLowerCase()),
-  );
+  const interfaces = mayReadAddresses ? Deno.networkInterfaces().map(({ address }) => address.toLowerCase()) : [];
+  const addresses = new Set([...names, "localhost", "127.0.0.1", "::1", ...interfaces]);
+  const hostsOf = (node: ClusterNode) => [...node.addresses, ...dataEndpoints(node).map(({ host }) => host)];
   return (node) =>
-    names.has(node.name.toLowerCase()) || node.addresses.some((address) => addresses.has(address.toLowerCase()));
+    names.includes(node.name.toLowerCase()) || hostsOf(node).some((host) => addresses.has(host.toLowerCase()));
+}
+
+// --- Commands over ssh ---
+
+/** Options of {@linkcode sshCommand}. */
+export interface SshOptions {
+  /** The user to log in as. @default {node.sshUser} */
+  readonly user?: string | undefined;
+  /** How long ssh may take to connect, in milliseconds, rounded up to a second. @default {10000} */
+  readonly connectTimeoutMs?: number | undefined;
+  /** Further options as `ssh_config(5)` names them, `KEY=VALUE` each. One that is set here replaces the default. */
+  readonly options?: readonly string[] | undefined;
+  /** The endpoint to log in at. @default {sshEndpoints(node)[0]} */
+  readonly endpoint?: Endpoint | undefined;
 }
 
 /**
- * The argument list, `ssh` first, that runs a command on a node, without a password prompt and with a bounded
- * connect. The command is what ssh itself takes: its words are joined by spaces and read by the remote shell.
- *
- * Permissions: none; running it needs run of `ssh`.
+ * The argument list, `ssh` first, that runs a command on a node, without a password prompt and with a bounded connect.
+ * The command is what ssh itself takes: its words are joined by spaces and read by the remote shell.
  *
  * @example Ask for the load
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
  *
  * const node = new ClusterNode({ name: "gpu-1", tailscaleIp: "100.64.0.1" });
- * assertEquals(
- *   sshCommand(node, ["uptime"]).join(" "),
- *   "ssh -o BatchMode=yes -o ConnectTimeout=10 -p 22 -- ubuntu@100.64.0.1 uptime",
- * );
+ * const words = sshCommand(node, ["uptime"]);
+ * assertEquals(words.join(" "), "ssh -o BatchMode=yes -o ConnectTimeout=10 -p 22 -- ubuntu@100.64.0.1 uptime");
  * ```
  *
- * @throws {TypeError} if the node has no address, or if a host, a user, a key or an option could be taken for something
- * else by ssh or by a shell
- * @throws {RangeError} if the port or the connect timeout is out of range
+ * @throws {TypeError} if the node has no address, or if an option could be taken for something else by ssh or by a shell
  */
-export function sshCommand(node: ClusterNode, command: readonly string[], options: SshOptions = {}): string[] {
-  const { connectTimeoutMs = 10_000, options: extra = [] } = options;
-  const user = nonBlank(options.user) ?? node.sshUser;
-  const fault = (reason: string) => new TypeError(`Cannot build the ssh command of "${node.name}": ${reason}`);
-  const host = node.bestIp;
-  if (host === undefined) throw fault("it has no address: set tailscale_ip or ssh_host");
-  if (!isPort(node.sshPort)) throw new RangeError(`Cannot use ssh port ${node.sshPort} of "${node.name}"`);
-  if (!(connectTimeoutMs > 0 && connectTimeoutMs < 2 ** 31)) {
-    throw new RangeError(`Cannot wait for ${connectTimeoutMs} ms: expected a number above 0 and below 2 ** 31`);
+export function sshCommand(
+  node: ClusterNode,
+  command: readonly string[],
+  options: SshOptions = {},
+): [string, ...string[]] {
+  const { connectTimeoutMs = DEFAULTS.connectTimeoutMs, options: extra = [] } = options;
+  const { user = node.sshUser, endpoint = sshEndpoints(node)[0] } = options;
+  requireDuration("connectTimeoutMs", connectTimeoutMs);
+  requireValid("user", user, parseUser);
+  const problems = extra.map(sshOptionFault).filter((fault) => fault !== undefined);
+  if (!endpoint) problems.push("it has no address: set tailscale_ip or ssh_host");
+  if (command.some((word) => word.includes("\0"))) problems.push("the command holds a NUL character");
+  if (!endpoint || problems.length > 0) {
+    throw new TypeError(`Cannot build the ssh command of ${JSON.stringify(node.name)}: ${problems.join("; ")}`);
   }
-  const problems = [
-    ["address", PLACEHOLDER.test(host) ? "is a placeholder" : checkHost(host)],
-    ["user", checkUser(user)],
-    ["key", node.sshKey === undefined ? undefined : checkKeyPath(node.sshKey)],
-    ...extra.map((option) => ["ssh option", checkSshOption(option)]),
-  ].filter(([, message]) => message !== undefined).map(([what, message]) => `${what}: ${message}`);
-  if (command.some((word) => word.includes("\0"))) problems.push("command: holds a NUL character");
-  if (problems.length > 0) throw fault(problems.join("; "));
-
-  // The first value that ssh is given wins, so that a default is left out where the caller sets it.
-  const isSet = (key: string) => extra.some((option) => option.toLowerCase().startsWith(`${key.toLowerCase()}=`));
+  // The first value that ssh is given wins, so that a default is left out if the caller sets it.
+  const orDefault = (key: string, ...words: string[]) => isSet(extra, key) ? [] : words;
   return [
     "ssh",
-    ...(isSet("BatchMode") ? [] : ["-o", "BatchMode=yes"]),
-    ...(isSet("ConnectTimeout") ? [] : ["-o", `ConnectTimeout=${Math.ceil(connectTimeoutMs / 1000)}`]),
-    ...(isSet("Port") ? [] : ["-p", String(node.sshPort)]),
+    ...orDefault("BatchMode", "-o", "BatchMode=yes"),
+    ...orDefault("ConnectTimeout", "-o", `ConnectTimeout=${Math.ceil(connectTimeoutMs / 1000)}`),
+    ...orDefault("Port", "-p", String(endpoint.port)),
     ...(node.sshKey === undefined ? [] : ["-i", node.sshKey]),
     ...extra.flatMap((option) => ["-o", option]),
     "--",
-    `${user}@${host}`,
+    `${user}@${endpoint.host}`,
     ...command,
   ];
 }
 
-function checkSshOption(option: string): string | undefined {
-  const [, key, value] = /^([A-Za-z][A-Za-z0-9]*)=(.*)$/s.exec(option) ?? [];
-  if (key === undefined || value === undefined) return "expected KEY=VALUE, as in ServerAliveInterval=15";
-  if (CONTROL_TEXT.test(value)) return `${key}: holds a control character`;
+function isSet(options: readonly string[], ...keys: string[]): boolean {
+  return options.some((option) => keys.some((key) => option.toLowerCase().startsWith(`${key.toLowerCase()}=`)));
+}
+
+function sshOptionFault(option: string): string | undefined {
+  const [, key, value = ""] = /^([A-Za-z][A-Za-z0-9]*)=(.*)$/s.exec(option) ?? [];
+  if (key === undefined) return "ssh option: expected KEY=VALUE, as in ServerAliveInterval=15";
+  if (CONTROL_TEXT.test(value)) return `ssh option ${key}: holds a control character`;
   // These name hosts and users to a process; a command is what ProxyCommand is for.
-  if (/^(ProxyJump|HostName|User|IdentityFile)$/i.test(key)) {
-    const unsafe = value.split(",").map((hop) => checkWord(hop.replace(/[[\]]/g, ""), "hosts and users"));
-    const message = unsafe.find((reason) => reason !== undefined);
-    return message && `${key}: ${message}`;
-  }
-}
-
-function splitUser(sshHost: string): { user: string | undefined; host: string } {
-  const at = sshHost.lastIndexOf("@");
-  return at < 0 ? { user: undefined, host: sshHost } : { user: sshHost.slice(0, at), host: sshHost.slice(at + 1) };
-}
-
-function hostOf(sshHost: string | undefined): string | undefined {
-  return sshHost === undefined ? undefined : nonBlank(splitUser(sshHost).host);
-}
-
-function withoutBrackets(host: string): string {
-  return host.startsWith("[") && host.endsWith("]") ? host.slice(1, -1) : host;
-}
-
-/** `host:port`, an IPv6 address in brackets. */
-export function hostPort(host: string, port: number): string {
-  return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
-}
-
-function nonBlank(text: string | undefined): string | undefined {
-  return text?.trim() || undefined;
-}
-
-function isUnset(value: unknown): boolean {
-  return value === undefined || value === null || (typeof value === "string" && !/\S/.test(value));
-}
-
-function isPort(value: number): boolean {
-  return Number.isInteger(value) && value >= 1 && value <= 65535;
-}
-
-function isMapping(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
-
-function typeName(value: unknown): string {
-  if (value === null || value === undefined) return "nothing";
-  if (Array.isArray(value)) return "a list";
-  return typeof value === "object" ? "a mapping" : `a ${typeof value}`;
-}
-
-function errorText(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
-}
-
-function errorCode(error: unknown): string {
-  return String((error as { code?: unknown } | null)?.code ?? "");
-}
-
-/** A variable that is not set, is blank or may not be read is `undefined`. */
-function readEnv(variable: string): string | undefined {
-  if (Deno.permissions.querySync({ name: "env", variable }).state !== "granted") return undefined;
-  return nonBlank(Deno.env.get(variable));
-}
-
-function netState(host: string): Deno.PermissionState {
+  const words = /^(ProxyJump|HostName|User|IdentityFile)$/i.test(key) ? value.replace(/[[\]]/g, "").split(",") : [];
   try {
-    return Deno.permissions.querySync({ name: "net", host }).state;
-  } catch {
-    // Not a host that Deno can parse: let the connection say so.
-    return "granted";
+    for (const word of words) parseWord(word, "hosts and users");
+  } catch (error) {
+    return `ssh option ${key}: ${invalidText(error)}`;
   }
 }
 
-function requireNet(host: string): void {
-  if (netState(host) !== "granted") throw denied("net access", `--allow-net=${host}`);
+/**
+ * The SSH endpoint of a node that greets first, out of several; the first one if none does within two seconds, as behind
+ * a jump host, or if net access to them is not permitted.
+ *
+ * @throws {TypeError} if the node has no address
+ */
+export async function findSshEndpoint(
+  node: ClusterNode,
+  options: SshOptions & { readonly signal?: AbortSignal | undefined } = {},
+): Promise<Endpoint> {
+  const { signal, endpoint } = options;
+  signal?.throwIfAborted();
+  const endpoints = endpoint ? [endpoint] : sshEndpoints(node);
+  const [first] = endpoints;
+  if (!first) throw new TypeError(`${JSON.stringify(node.name)} has no address: set tailscale_ip or ssh_host`);
+  const isElsewhere = isSet(options.options ?? [], "ProxyJump", "ProxyCommand", "HostName", "Port");
+  if (endpoints.length === 1 || isElsewhere) return first;
+  const permitted = endpoints.filter(({ host, port }) => isNetGranted(host, port));
+  const controller = new AbortController();
+  const ended = AbortSignal.any([AbortSignal.timeout(GREETING_MS), ...(signal ? [signal] : [])]);
+  ended.addEventListener("abort", () => controller.abort());
+  const greet = (endpoint: Endpoint) => greets(endpoint, controller.signal);
+  const greeted = await raceEndpoints(permitted, greet, (isGreeting) => isGreeting, controller);
+  signal?.throwIfAborted();
+  return permitted[greeted.indexOf(true)] ?? first;
 }
 
-function requirePermission(permission: Deno.PermissionDescriptor, flag: string, purpose?: string): void {
-  if (Deno.permissions.querySync(permission).state === "granted") return;
-  throw denied(`${permission.name} access${purpose ? ` ${purpose}` : ""}`, flag);
+/** Whether an ssh server greets, which may say other lines first. */
+async function greets(endpoint: Endpoint, signal: AbortSignal): Promise<boolean> {
+  try {
+    using conn = await connect(endpoint, signal);
+    signal.throwIfAborted();
+    signal.addEventListener("abort", () => conn[Symbol.dispose]());
+    const reader = new ResponseReader(conn);
+    for (let lines = 0; lines < 100; lines++) {
+      if ((await reader.line(MAX_HEAD_BYTES)).startsWith("SSH-")) return true;
+    }
+  } catch {
+    // Whatever is there instead, it is no ssh server.
+  }
+  return false;
 }
 
-function denied(what: string, flag: string): Error {
-  return new Deno.errors.NotCapable(`Requires ${what}: run again with ${flag}`);
+/** Options of {@linkcode runOnNodes}. */
+export interface RunOptions extends Omit<SshOptions, "endpoint"> {
+  /** How long each node may take, in milliseconds. @default {60000} */
+  readonly timeoutMs?: number | undefined;
+  /** How many nodes at once. @default {32} */
+  readonly concurrency?: number | undefined;
+  /** What every node's command reads. Nothing by default. */
+  readonly stdin?: Uint8Array<ArrayBuffer> | undefined;
+  /** Ends every ssh; the call then rejects with the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
+  /** Called with what a node writes, all of it, as it comes. What it throws ends every ssh and rejects the call. */
+  readonly onOutput?: ((node: ClusterNode, stream: "stdout" | "stderr", text: string) => void) | undefined;
+  /** Called with each result as soon as it is known. What it throws ends every ssh and rejects the call. */
+  readonly onResult?: ((result: CommandResult) => void) | undefined;
 }
 
-function throwIfDenied(probes: readonly NodeProbe[], port: number | undefined): void {
-  const flag = missingNetFlag(probes, port);
-  if (flag) throw denied("net access", flag);
+/**
+ * Why a command failed: `connect` (it was not started), `lost` (the connection broke while it ran), `timeout`, `exit`
+ * (its own exit code), `signal` (ssh was ended by one), `no-address`, `local` (ssh could not be started).
+ */
+export type CommandFailureCode = "connect" | "lost" | "timeout" | "exit" | "signal" | "no-address" | "local";
+
+/** The outcome of a command on one node. */
+export interface CommandResult {
+  /** The node. */
+  readonly node: ClusterNode;
+  /** The exit code; `null` if there was none. */
+  readonly exitCode: number | null;
+  /** The signal that ended ssh. */
+  readonly signal: string | null;
+  /** The first 1 MiB of text that the command wrote. */
+  readonly stdout: string;
+  /** The first 1 MiB of text that the command and ssh wrote there. */
+  readonly stderr: string;
+  /** Whether one of them is not whole. */
+  readonly truncated: boolean;
+  /** Milliseconds from the start to the end. */
+  readonly durationMs: number;
+  /** Why it failed; `undefined` if it returned 0. */
+  readonly failure: { readonly code: CommandFailureCode; readonly message: string } | undefined;
 }
 
-/** The flag that would have let the denied checks be done, or `undefined` where none was denied. */
-export function missingNetFlag(probes: readonly NodeProbe[], port?: number): string | undefined {
-  const hosts = probes.filter(({ failure }) => failure?.code === "denied")
-    .flatMap(({ node }) => netHosts(node, port));
-  if (hosts.length === 0) return undefined;
-  // Past this, nobody reads or types the list; `permissions` prints it.
-  return hosts.length > 64 ? "--allow-net" : `--allow-net=${[...new Set(hosts)].join(",")}`;
+/**
+ * Runs a command on many nodes over ssh, and gives one result for each, in their order. A node with several SSH
+ * endpoints is reached at the one that greets first, so that a command never runs twice.
+ *
+ * @param command The words that ssh takes, or a function that gives each node its own.
+ * @throws {TypeError} that lists what is unsafe, before the first ssh starts
+ */
+export async function runOnNodes(
+  nodes: Iterable<ClusterNode>,
+  command: readonly string[] | ((node: ClusterNode) => readonly string[]),
+  options: RunOptions = {},
+): Promise<CommandResult[]> {
+  const { concurrency = DEFAULTS.commandConcurrency, timeoutMs = DEFAULTS.commandTimeoutMs, signal } = options;
+  requireCount("concurrency", concurrency, 1);
+  requireDuration("timeoutMs", timeoutMs);
+  signal?.throwIfAborted();
+  const runs = planRuns(nodes, command, options);
+  requirePermission({ name: "run", command: "ssh" }, "--allow-run=ssh", "run access to ssh (on the PATH)");
+  // A fault of this side ends them all: there is no ssh, or nobody is left to take the output.
+  const fault = new AbortController();
+  const ended = AbortSignal.any([fault.signal, ...(signal ? [signal] : [])]);
+  const results: CommandResult[] = [];
+  const queue = runs.entries();
+  const runNext = async () => {
+    for (const [index, { node, words }] of queue) {
+      ended.throwIfAborted();
+      const result = await runOnNode(node, words, { ...options, timeoutMs, signal: ended });
+      results[index] = result;
+      options.onResult?.(result);
+    }
+  };
+  const atOnce = { length: Math.min(concurrency, runs.length) };
+  await Promise.all(Array.from(atOnce, () => runNext().catch((error) => fault.abort(error))));
+  ended.throwIfAborted();
+  return results;
 }
 
-/** Each `host:port` to which a check of the node may connect. */
-export function netHosts(node: ClusterNode, port?: number): string[] {
-  return nodeEndpoints(node, probeSettings({ port })).map((endpoint) => hostPort(endpoint.address, endpoint.port));
+/** Builds all argument lists before the first ssh starts: what is unsafe in one of them stops the whole run. */
+function planRuns(nodes: Iterable<ClusterNode>, command: Parameters<typeof runOnNodes>[1], options: SshOptions) {
+  const problems = new Set<string>();
+  const runs = Array.from(nodes, (node) => {
+    const words = typeof command === "function" ? command(node) : command;
+    try {
+      if (node.bestIp !== undefined) sshCommand(node, words, options);
+    } catch (error) {
+      problems.add(errorText(error));
+    }
+    return { node, words };
+  });
+  if (problems.size > 0) throw new TypeError([...problems].join("\n"));
+  return runs;
+}
+
+type SshOutput = Omit<CommandResult, "node" | "durationMs" | "failure">;
+
+async function runOnNode(
+  node: ClusterNode,
+  words: readonly string[],
+  options: RunOptions & { readonly timeoutMs: number; readonly signal: AbortSignal },
+): Promise<CommandResult> {
+  const started = performance.now();
+  const { timeoutMs, signal } = options;
+  let output: SshOutput = { exitCode: null, signal: null, stdout: "", stderr: "", truncated: false };
+  const result = (code?: CommandFailureCode, message = ""): CommandResult => {
+    const durationMs = Math.round(performance.now() - started);
+    return { node, ...output, durationMs, failure: code && { code, message } };
+  };
+  if (node.bestIp === undefined) return result("no-address", "set tailscale_ip or ssh_host");
+  const deadline = AbortSignal.timeout(timeoutMs);
+  const ended = AbortSignal.any([signal, deadline]);
+  try {
+    const endpoint = await findSshEndpoint(node, { ...options, signal: ended });
+    ended.throwIfAborted();
+    const child = spawnSsh(sshCommand(node, words, { ...options, endpoint }), options.stdin);
+    if (typeof child === "string") return result("local", child);
+    output = await finishSsh(child, node, options, ended);
+    if (!deadline.aborted || output.signal === null) return result(...commandFailure(output, endpoint, node));
+  } catch (error) {
+    if (signal.aborted || !deadline.aborted) throw error;
+  }
+  return result("timeout", `timed out after ${formatMs(timeoutMs)}`);
+}
+
+/** Starts ssh, or says why it cannot be started. */
+function spawnSsh([program, ...args]: readonly [string, ...string[]], stdin: unknown): Deno.ChildProcess | string {
+  const input = stdin ? "piped" : "null";
+  try {
+    return new Deno.Command(program, { args, stdin: input, stdout: "piped", stderr: "piped" }).spawn();
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) throw new Error("There is no ssh on the PATH: install OpenSSH");
+    return `ssh cannot be started (${errorText(error)})`;
+  }
+}
+
+async function finishSsh(child: Deno.ChildProcess, node: ClusterNode, options: RunOptions, ended: AbortSignal) {
+  const released = new AbortController();
+  let killTimer: ReturnType<typeof setTimeout> | undefined;
+  let endedBy: Deno.Signal | null = null;
+  // It may have ended already.
+  const kill = (signal: Deno.Signal) => Promise.try(() => child.kill(signal)).catch(() => {});
+  const end = () => {
+    if (released.signal.aborted) return;
+    endedBy = "SIGTERM";
+    kill("SIGTERM");
+    killTimer ??= setTimeout(kill, GRACE_MS, "SIGKILL");
+  };
+  ended.addEventListener("abort", end);
+  // The command may end without having read all.
+  if (options.stdin) ReadableStream.from([options.stdin]).pipeTo(child.stdin).catch(() => {});
+  const { onOutput } = options;
+  const stdout = readOutput(child.stdout, released.signal, (text) => onOutput?.(node, "stdout", text));
+  const stderr = readOutput(child.stderr, released.signal, (text) => onOutput?.(node, "stderr", text));
+  const outputs = Promise.all([stdout.ended, stderr.ended]);
+  // They are awaited only when the process has ended, which a pipe that nobody reads would never let it.
+  outputs.catch(end);
+  const { code, ...status } = await child.status;
+  // At a signal, ssh itself exits with 255.
+  const signal = status.signal ?? endedBy;
+  clearTimeout(killTimer);
+  ended.removeEventListener("abort", end);
+  // A grandchild may hold the pipes for ever; what ssh itself wrote is in them already.
+  await settledOrAfter(outputs, GRACE_MS).finally(() => released.abort());
+  const truncated = stdout.isTruncated || stderr.isTruncated;
+  return { exitCode: signal ? null : code, signal, stdout: stdout.text, stderr: stderr.text, truncated };
+}
+
+/** Reads a pipe until it ends or `signal` aborts, passes everything on, and keeps as much as the cap allows. */
+function readOutput(stream: Deno.ChildProcess["stdout"], signal: AbortSignal, onText: (text: string) => void) {
+  const output = { text: "", isTruncated: false, ended: Promise.resolve() };
+  const write = (text: string) => {
+    output.isTruncated ||= output.text.length + text.length > MAX_OUTPUT_LENGTH;
+    output.text += text.slice(0, MAX_OUTPUT_LENGTH - output.text.length);
+    onText(text);
+  };
+  output.ended = stream.pipeThrough(new TextDecoderStream()).pipeTo(new WritableStream({ write }), { signal });
+  return output;
+}
+
+/** What ssh says last if it could not start a command. */
+const NOT_STARTED =
+  /^(?:ssh: |Host key verification failed|Connection |kex_|Received disconnect|Unable to negotiate)|Permission denied/;
+const OTHER_HOST = /@|\b(?:port|host|hostname) |^Connection to /;
+const UNKNOWN_KEY =
+  "the host key is not known; --ssh-option StrictHostKeyChecking=accept-new accepts it, in a script options";
+
+function commandFailure(output: SshOutput, endpoint: Endpoint, node: ClusterNode): [CommandFailureCode?, string?] {
+  const { exitCode, signal, stdout, stderr } = output;
+  if (signal) return ["signal", `ended by ${signal}`];
+  if (exitCode === 0) return [];
+  const line = stderr.trimEnd().split(/\r?\n/).at(-1)!;
+  // 255 is ssh's own, but a command may return it too. What ssh says names this very endpoint, or has its line end.
+  const [, address = "", port] = / by (\S+) port (\d+)/.exec(line) ?? [];
+  const isResolved = !isAddress(endpoint.host) && isAddress(address) && port === String(endpoint.port);
+  const isNamed = isResolved || address === "UNKNOWN" || line.includes(endpoint.host);
+  const isOurs = exitCode === 255 && (isNamed || (!OTHER_HOST.test(line) && stderr.endsWith("\r\n")));
+  const loss = lossesOf(endpoint).find((loss) => line.includes(loss));
+  if (isOurs && loss) return ["lost", line.slice(line.indexOf(loss))];
+  if (!isOurs || stdout !== "" || !NOT_STARTED.test(line)) return ["exit", `exit code ${exitCode}`];
+  if (/REMOTE HOST IDENTIFICATION HAS CHANGED/.test(stderr)) return ["connect", "the host key has changed"];
+  if (line.startsWith("Host key")) return ["connect", UNKNOWN_KEY];
+  return ["connect", /^(ssh: |Connection )/.test(line) ? line + othersHint(endpoint, node) : line];
+}
+
+/** What ssh says if it lost the connection while a command ran, perhaps on the line that this began. */
+function lossesOf({ host, port }: Endpoint): string[] {
+  const closed = [`Connection to ${host} closed by remote host`, `Connection to ${host} port ${port}: `];
+  const silent = [`Timeout, server ${host} not responding`, `Read from remote host ${host}: `];
+  return [...closed, ...silent, "client_loop: send disconnect: "];
+}
+
+/** What to say of the other endpoints, if there is no connection to the one that ssh went to. */
+function othersHint({ host, port }: Endpoint, node: ClusterNode): string {
+  const others = sshEndpoints(node).filter((other) => other.host !== host || other.port !== port);
+  if (others.length === 0) return "";
+  const list = others.map(({ host, port }) => hostPort(host, port)).join(", ");
+  if (others.every(({ host, port }) => isNetGranted(host, port))) return `; no ssh server greets at ${list} either`;
+  return `; ${list} was not tried: ${netFlag(sshEndpoints(node))} lets the one that answers be found`;
 }

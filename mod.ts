@@ -1,12 +1,12 @@
 /**
  * The hosts of a training cluster, from one YAML inventory: which there are, which is the coordinator, which answer,
- * and from which URLs data can be pulled.
+ * from which URLs data can be pulled, and what a command says on each of them.
  *
  * @example Who answers?
  * ```ts
  * import { discoverReachableNodes } from "@ringrift/cluster-hosts";
  *
- * for (const { node, status, address } of await discoverReachableNodes({ source: "config/demo_hosts.yaml", timeoutMs: 500 })) {
+ * for (const { node, status, address } of await discoverReachableNodes({ source: "config/demo_hosts.yaml" })) {
  *   console.log(`${node.name} at ${address}: version ${status.version}`);
  * }
  * ```
@@ -18,9 +18,16 @@ export {
   checkNodeReachable,
   ClusterNode,
   DATA_SYNC_PORT,
+  dataEndpoints,
   DEFAULT_CONFIG_PATH,
+  DEFAULTS,
+  didYouMean,
   discoverReachableNodes,
   ELO_SYNC_PORT,
+  endpointUrl,
+  findSshEndpoint,
+  foldNames,
+  formatConfigProblem,
   getActiveNodes,
   getClusterNodes,
   getCoordinatorAddress,
@@ -29,31 +36,43 @@ export {
   getEloSyncConfig,
   getEloSyncUrls,
   getSyncUrls,
+  hostPort,
   HostsConfigError,
-  inspectHostsConfig,
   loadHostsConfig,
+  missingNetFlag,
   MODEL_SYNC_PORT,
+  netFlag,
   parseHostsConfig,
   probeNode,
   probeNodes,
   readHostsConfig,
+  readsUnifiedConfig,
+  readVariable,
+  runOnNodes,
   selectNodes,
   sshCommand,
+  sshEndpoints,
+  statusPath,
+  unsupportedDeno,
+  validateHostsConfig,
+  waitForNodes,
+  watchNodes,
 } from "./cluster_hosts.ts";
 export type {
   ClusterNodeFields,
+  CommandFailureCode,
+  CommandResult,
   ConfigProblem,
   ConfigSource,
   CoordinatorAddress,
   DataSyncUrlOptions,
   DiscoverOptions,
   EloSyncConfig,
+  Endpoint,
   FailureCode,
   HostEntry,
   HostsConfig,
-  HostsConfigReport,
   HostsConfigText,
-  HttpCheckOptions,
   LoadOptions,
   NodeProbe,
   NodeSelection,
@@ -61,8 +80,11 @@ export type {
   ProbeFailure,
   ProbeOptions,
   ReachableNode,
+  RunOptions,
   SshOptions,
   StatusDocument,
   SweepOptions,
   SyncUrlOptions,
+  WaitOptions,
+  WatchOptions,
 } from "./cluster_hosts.ts";

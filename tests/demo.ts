@@ -1,10 +1,11 @@
 /**
  * `deno task demo`: starts the cluster of config/demo_hosts.yaml on this machine's loopback, and checks it with the real
- * command line. It ends well if `status` found what is ill, and nothing else.
+ * command line. It succeeds if `status` found the broken ones, and nothing else.
  *
  * @module
  */
-import { ROOT, startDemoCluster } from "./loopback_cluster.ts";
+import { startDemoCluster } from "./loopback_cluster.ts";
+import { ROOT } from "./process.ts";
 
 async function demo(): Promise<number> {
   await using _cluster = await startDemoCluster();

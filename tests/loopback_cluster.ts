@@ -1,12 +1,17 @@
 /**
- * Real servers on this machine, one per kind of behaviour, for the demo and the tests; and what several tests need to
- * run the command line against them.
+ * Real servers on this machine, one per kind of behaviour, for the demo and the tests. As a program
+ * (`loopback_cluster.ts ok=127.0.0.1:8766 silent=[::1]:9000 ...`) it runs them until it is killed, for a network namespace
+ * that the tests themselves are not in.
  *
  * @module
  */
 import { delay } from "jsr:@std/async@^1.5.0/delay";
 import { DatabaseSync } from "node:sqlite";
 import { gzipSync } from "node:zlib";
+import { tempFolder } from "./process.ts";
+
+// Their old place.
+export { type InventoryFile, ROOT, run, runCli, type RunOptions, type RunResult, writeInventory } from "./process.ts";
 
 /** A server that {@linkcode startNode} started. Its disposal ends all that it holds. */
 export interface LoopbackNode extends AsyncDisposable {
@@ -43,21 +48,21 @@ export interface LoopbackNodeOptions {
   readonly target?: string;
 }
 
-/** What an ill node says on one connection, which is closed when it returns. */
+/** What a node says on one connection, which is closed when it returns. */
 export type Conversation = (conn: Deno.TcpConn, signal: AbortSignal) => Promise<unknown>;
 
-type Answer = (request: Request, options: Required<LoopbackNodeOptions>) => Response;
+type Answer = (request: Request, options: Required<LoopbackNodeOptions>) => Response | Promise<Response>;
 
 const JSON_HEAD = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n";
 const MIB = 1024 * 1024;
 
 const ANSWERS = {
-  ok: ({ url }, { games }) => {
+  ok: async ({ url }, { games }) => {
     switch (new URL(url).pathname) {
       case "/status":
         return Response.json({ version: "1.4.2", game_count: games });
       case "/db":
-        return new Response(database(games), { headers: { "content-type": "application/vnd.sqlite3" } });
+        return new Response(await database(games), { headers: { "content-type": "application/vnd.sqlite3" } });
       case "/models":
         return Response.json({ models: [{ name: "square8_2p.pth", bytes: 4096 }] });
       default:
@@ -182,7 +187,7 @@ function converse(conversation: Conversation, options: Required<LoopbackNodeOpti
     } catch (error) {
       if (!ended.signal.aborted && !isDisconnect(error)) throw error;
     } finally {
-      // Where it is not in the set, the disposal closed it.
+      // If it is not in the set, the disposal closed it.
       if (conns.delete(conn)) conn.close();
     }
   };
@@ -210,16 +215,22 @@ function converse(conversation: Conversation, options: Required<LoopbackNodeOpti
   };
 }
 
-function refuse({ hostname, port }: Required<LoopbackNodeOptions>): LoopbackNode {
-  const node = (port: number) => {
-    Deno.listen({ hostname, port }).close();
-    return { hostname, port, connections: 0, [Symbol.asyncDispose]: () => Promise.resolve() };
-  };
-  if (port !== 0) return node(port);
-  // Out of the system's own range a connection could be given that very port, and would reach itself.
+function refuse({ hostname, port: wanted }: Required<LoopbackNodeOptions>): LoopbackNode {
+  const port = wanted || unusedPort(hostname);
+  if (wanted) Deno.listen({ hostname, port }).close();
+  return { hostname, port, connections: 0, [Symbol.asyncDispose]: () => Promise.resolve() };
+}
+
+/**
+ * A port on which nothing listens. From the system's own range a connection could be given that very port, and would
+ * reach itself. Nor is it one of the demo's.
+ */
+export function unusedPort(hostname = "127.0.0.1"): number {
   for (;;) {
+    const port = 20_000 + Math.floor(Math.random() * 10_000);
     try {
-      return node(10_000 + Math.floor(Math.random() * 20_000));
+      Deno.listen({ hostname, port }).close();
+      return port;
     } catch (error) {
       if (!(error instanceof Deno.errors.AddrInUse)) throw error;
     }
@@ -261,123 +272,33 @@ function isDisconnect(error: unknown): boolean {
   return kinds.some((kind) => error instanceof kind);
 }
 
-/** A JSON object of exactly so many bytes. */
+/** A JSON object of exactly this many bytes. */
 export function jsonOfSize(bytes: number): string {
   return `{"version":"${"v".repeat(bytes - 14)}"}`;
 }
 
-/** The bytes of a SQLite file with so many games. */
-function database(games: number): Uint8Array<ArrayBuffer> {
-  const folder = Deno.makeTempDirSync({ dir: "/tmp" });
-  try {
-    const path = `${folder}/elo.db`;
-    const db = new DatabaseSync(path);
-    db.exec(`
-      CREATE TABLE match_history (
-        game_id TEXT PRIMARY KEY, participant_a TEXT, participant_b TEXT, board_type TEXT, num_players INTEGER,
-        winner TEXT, timestamp REAL
-      );
-      WITH RECURSIVE game(n) AS (SELECT 1 WHERE ${games} > 0 UNION ALL SELECT n + 1 FROM game WHERE n < ${games})
-      INSERT INTO match_history
-        SELECT 'game-' || n, 'model-a', 'model-b', 'square8', 2, iif(n % 3, 'model-a', 'model-b'), 1.75e9 + n FROM game;
-    `);
-    db.close();
-    return Deno.readFileSync(path);
-  } finally {
-    Deno.removeSync(folder, { recursive: true });
+/** The bytes of a SQLite file with this many games. */
+async function database(games: number): Promise<Uint8Array<ArrayBuffer>> {
+  await using temp = await tempFolder();
+  const path = `${temp.folder}/elo.db`;
+  const db = new DatabaseSync(path);
+  db.exec(`
+    CREATE TABLE match_history (
+      game_id TEXT PRIMARY KEY, participant_a TEXT, participant_b TEXT, board_type TEXT, num_players INTEGER,
+      winner TEXT, timestamp REAL
+    );
+    WITH RECURSIVE game(n) AS (SELECT 1 WHERE ${games} > 0 UNION ALL SELECT n + 1 FROM game WHERE n < ${games})
+    INSERT INTO match_history
+      SELECT 'game-' || n, 'model-a', 'model-b', 'square8', 2, iif(n % 3, 'model-a', 'model-b'), 1.75e9 + n FROM game;
+  `);
+  db.close();
+  return await Deno.readFile(path);
+}
+
+if (import.meta.main) {
+  for (const argument of Deno.args) {
+    const [, behaviour, hostname, port] = /^([\w-]+)=\[?([^\]]+)\]?:(\d+)$/.exec(argument)!;
+    await startNode(behaviour as Behaviour, { hostname: hostname!, port: Number(port) });
   }
-}
-
-/** An inventory in a folder of its own under /tmp, which its disposal removes. */
-export interface InventoryFile extends AsyncDisposable {
-  readonly folder: string;
-  readonly path: string;
-}
-
-/** Writes an inventory. JSON is YAML too. */
-export async function writeInventory(
-  hosts: Readonly<Record<string, Readonly<Record<string, unknown>>>>,
-  sections: Readonly<Record<string, unknown>> = {},
-): Promise<InventoryFile> {
-  const folder = await Deno.makeTempDir({ dir: "/tmp" });
-  const path = `${folder}/hosts.yaml`;
-  await Deno.writeTextFile(path, JSON.stringify({ hosts, ...sections }, null, 2));
-  return { folder, path, [Symbol.asyncDispose]: () => Deno.remove(folder, { recursive: true }) };
-}
-
-/** The folder of the project. */
-export const ROOT = new URL("..", import.meta.url).pathname;
-
-export interface RunOptions {
-  /**
-   * The flags of `deno run`.
-   *
-   * @default {["-P=cli"]}
-   */
-  readonly flags?: readonly string[];
-  /** Variables beside those that Deno itself needs; no others are kept. */
-  readonly env?: Readonly<Record<string, string>>;
-  /**
-   * The working directory.
-   *
-   * @default {ROOT}
-   */
-  readonly cwd?: string;
-  /** What it reads. Nothing where unset. */
-  readonly stdin?: string;
-}
-
-/** How a subprocess ended. */
-export interface RunResult {
-  readonly code: number;
-  readonly stdout: string;
-  readonly stderr: string;
-  /** Milliseconds from its start to its end. */
-  readonly ms: number;
-}
-
-/** Runs cli.ts in a process of its own. */
-export function runCli(args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
-  const { flags = ["-P=cli"], ...rest } = options;
-  return run(
-    "deno",
-    ["run", "-q", "--no-prompt", "--config", `${ROOT}deno.json`, ...flags, `${ROOT}cli.ts`, ...args],
-    rest,
-  );
-}
-
-/** Runs a program without a terminal and without this process's environment; ends it after a minute. */
-export async function run(
-  program: string,
-  args: readonly string[],
-  options: Omit<RunOptions, "flags"> = {},
-): Promise<RunResult> {
-  const { env = {}, cwd = ROOT, stdin } = options;
-  const started = performance.now();
-  const child = new Deno.Command(program, {
-    args: [...args],
-    clearEnv: true,
-    env: { ...neededEnv(), ...env },
-    cwd,
-    stdin: stdin === undefined ? "null" : "piped",
-    stdout: "piped",
-    stderr: "piped",
-    signal: AbortSignal.timeout(60_000),
-  }).spawn();
-  if (stdin !== undefined) {
-    const writer = child.stdin.getWriter();
-    // It may end without having read all.
-    await writer.write(new TextEncoder().encode(stdin)).then(() => writer.close()).catch(() => {});
-  }
-  const { code, stdout, stderr } = await child.output();
-  const decoder = new TextDecoder();
-  return { code, stdout: decoder.decode(stdout), stderr: decoder.decode(stderr), ms: performance.now() - started };
-}
-
-function neededEnv(): Record<string, string> {
-  const names = ["PATH", "HOME", "DENO_DIR", "XDG_CACHE_HOME", "TMPDIR", "NPM_CONFIG_REGISTRY", "DENO_COVERAGE_DIR"];
-  return Object.fromEntries(names.flatMap((name) => {
-    const value = Deno.env.get(name);
-    return value === undefined ? [] : [[name, value]];
-  }));
+  console.log("started");
 }

@@ -3,7 +3,8 @@
  *
  * @module
  */
-import { ROOT, startDemoCluster } from "./loopback_cluster.ts";
+import { startDemoCluster } from "./loopback_cluster.ts";
+import { ROOT } from "./process.ts";
 
 const ESC = "\x1b";
 const COLOURS: Readonly<Record<string, string>> = {

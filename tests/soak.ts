@@ -1,5 +1,5 @@
 /**
- * `deno task soak`: 200 sweeps of 200 nodes, well and ill, in one process. It ends ill if descriptors or memory grow by
+ * `deno task soak`: 200 sweeps of 200 nodes, healthy and broken, in one process. It fails if descriptors or memory grow by
  * more than a fifth between the tenth sweep and the last. The task's flags let it collect garbage, and fix the size of
  * V8's nursery, which would grow by itself.
  *
@@ -7,7 +7,8 @@
  */
 import { delay } from "jsr:@std/async@^1.5.0/delay";
 import { ClusterNode, probeNodes } from "../mod.ts";
-import { type Behaviour, run, startNode } from "./loopback_cluster.ts";
+import { type Behaviour, startNode } from "./loopback_cluster.ts";
+import { run } from "./process.ts";
 
 const SWEEPS = 200;
 const NODES = 200;

@@ -1,300 +1,641 @@
-import { assert, assertEquals, assertMatch, assertStringIncludes } from "jsr:@std/assert@^1.0.19";
-import { run, runCli, type RunOptions, send, startNode, untilClosed, writeInventory } from "./loopback_cluster.ts";
-import { type Sshd, SSHD_ADDRESSES, sshdMissing, startCli, startSshd } from "./sshd.ts";
+import {
+  assert,
+  assertEquals,
+  assertLess,
+  assertMatch,
+  assertRejects,
+  assertStringIncludes,
+  assertThrows,
+} from "jsr:@std/assert@^1.0.19";
 import { delay } from "jsr:@std/async@^1.5.0/delay";
+import {
+  ClusterNode,
+  type ClusterNodeFields,
+  type CommandResult,
+  findSshEndpoint,
+  hostPort,
+  runOnNodes,
+  sshCommand,
+} from "../mod.ts";
+import { type Behaviour, type Conversation, type LoopbackNode, send, startNode } from "./loopback_cluster.ts";
+import { run, testUnless } from "./process.ts";
+import { type Sshd, SSHD_ADDRESSES, sshdMissing, startSshd } from "./sshd.ts";
+import { alive, FAKES, fakeSsh, runElsewhere } from "./ssh_process.ts";
 
 const MIB = 1024 * 1024;
 const NO_SSHD = sshdMissing();
 
-/** What the command line may take to start and to end, beside the deadlines that it promises. */
-const PROCESS_MS = 1000;
+/** What may be added to a deadline that is promised: the start and the end of processes. */
+const SLACK_MS = 1500;
+
+function sshdTest(name: string, test: (sshd: Sshd) => Promise<void>): void {
+  testUnless(NO_SSHD, name, async () => {
+    await using sshd = await startSshd();
+    await test(sshd);
+  });
+}
+
+function node(fields: Partial<ClusterNodeFields> = {}): ClusterNode {
+  return new ClusterNode({ name: "gpu-1", ...fields });
+}
+
+/** A node on an sshd. */
+function on(sshd: Sshd, fields: Partial<ClusterNodeFields> = {}): ClusterNode {
+  const { port, user, keyPath } = sshd;
+  return node({ tailscaleIp: SSHD_ADDRESSES[0], sshPort: port, sshUser: user, sshKey: keyPath, ...fields });
+}
+
+/** Two nodes, one on each address of an sshd. */
+function pair(sshd: Sshd): ClusterNode[] {
+  return SSHD_ADDRESSES.map((tailscaleIp, index) => on(sshd, { name: "ab"[index]!, tailscaleIp }));
+}
 
 /** Prints the address of the server that it runs on. */
 const WHERE = "set -- $SSH_CONNECTION; echo $3";
 
-type Hosts = Record<string, Record<string, unknown>>;
-
-function sshdTest(name: string, test: (sshd: Sshd) => Promise<void>): void {
-  Deno.test({
-    name: NO_SSHD ? `${name} (ignored: ${NO_SSHD})` : name,
-    ignore: NO_SSHD !== undefined,
-    fn: async () => {
-      await using sshd = await startSshd();
-      await test(sshd);
-    },
-  });
+function told({ failure, exitCode }: CommandResult): string {
+  return failure ? `${failure.code}: ${failure.message}` : String(exitCode);
 }
 
-async function ssh(hosts: Hosts, args: readonly string[], options: RunOptions = {}) {
-  await using inventory = await writeInventory(hosts);
-  return await runCli(["ssh", "--config", inventory.path, ...args], options);
-}
-
-async function sshJson(hosts: Hosts, args: readonly string[], options?: RunOptions) {
-  const { code, stdout, stderr } = await ssh(hosts, ["--json", ...args], options);
-  const { schemaVersion, nodes } = JSON.parse(stdout);
-  assertEquals(schemaVersion, 1);
-  return { code, stderr, nodes };
-}
-
-function numbered(count: number, fields: Record<string, unknown>): Hosts {
-  return Object.fromEntries(Array.from({ length: count }, (_, index) => [`gpu-${index + 1}`, fields]));
-}
-
-/** Two nodes, one on each address of the server. */
-function pair({ host }: Sshd): Hosts {
-  return { a: { ...host, tailscale_ip: SSHD_ADDRESSES[0] }, b: { ...host, tailscale_ip: SSHD_ADDRESSES[1] } };
-}
-
-/** An `ssh` for the PATH that is a shell script; `$0.pids` is where it writes the processes that it is. */
-async function standIn(script: string) {
-  const folder = await Deno.makeTempDir({ dir: "/tmp" });
-  const path = `${folder}/ssh`;
-  await Deno.writeTextFile(path, `#!/bin/sh\n${script}\n`, { mode: 0o755 });
-  const recorded = async (suffix: string) => {
-    const text = await Deno.readTextFile(path + suffix).catch((error) => {
-      if (!(error instanceof Deno.errors.NotFound)) throw error;
-      return "";
-    });
-    return text.split("\n").filter((line) => line !== "");
-  };
-  return {
-    folder,
-    env: { PATH: `${folder}:${Deno.env.get("PATH")}` },
-    calls: () => recorded(".calls"),
-    pids: () => recorded(".pids"),
-    async [Symbol.asyncDispose]() {
-      const left = await alive([...await recorded(".pids"), ...await recorded(".others")]);
-      if (left.length > 0) await run("sh", ["-c", `kill -9 ${left.join(" ")}`]);
-      await Deno.remove(folder, { recursive: true });
-    },
-  };
-}
-
-const RECORDING = 'echo "$*" >> "$0.calls"';
-const POLITE = 'echo $$ >> "$0.pids"; echo started; exec sleep 20';
-const STUBBORN = `trap '' TERM INT HUP
-sleep 20 &
-echo $! >> "$0.others"
-echo $$ >> "$0.pids"
-echo started
-for tick in $(seq 100); do sleep 0.2; done`;
-
-/** Those of the processes that have not ended. Deno itself reads /proc under `--allow-all` alone. */
-async function alive(pids: readonly string[]): Promise<string[]> {
-  const script = 'for pid; do grep -qs "^State:.*[^Z] (" "/proc/$pid/status" && echo "$pid"; done; true';
-  const { stdout } = await run("sh", ["-c", script, "sh", ...pids]);
-  return stdout.split("\n").filter((line) => line !== "");
-}
-
-const LOCAL: Readonly<Record<string, unknown>> = { tailscale_ip: "127.0.0.1", status: "active" };
-
-sshdTest("ssh prefixes each line with its node, stdout to stdout and stderr to stderr", async (sshd) => {
-  const { code, stdout, stderr } = await ssh(pair(sshd), [...sshd.flags, "--", `${WHERE}; echo oops >&2; printf end`]);
-  assertEquals(stdout.split("\n").toSorted(), ["", "a: 127.0.0.1", "a: end", "b: 127.0.0.2", "b: end"]);
-  assertEquals(stderr.split("\n").toSorted(), ["", "a: oops", "b: oops", "cluster-hosts: 2 of 2 returned 0"]);
-  assertEquals(code, 0);
-});
-
-sshdTest("ssh shows a line while the command still runs", async (sshd) => {
-  await using inventory = await writeInventory({ a: sshd.host });
-  const gate = `${inventory.folder}/gate`;
-  const command = `echo first; while [ ! -e ${gate} ]; do sleep 0.05; done; echo last`;
-  await using cli = startCli(["ssh", "--config", inventory.path, ...sshd.flags, "--", command]);
-  assertEquals((await cli.stdout.next()).value, "a: first");
-  await Deno.writeTextFile(gate, "");
-  assertEquals(await cli.end(), { code: 0, stdout: ["a: last"], stderr: ["cluster-hosts: 1 of 1 returned 0"] });
-});
-
-sshdTest("ssh --gather folds the same output of 100 nodes to one block", async (sshd) => {
-  const { code, stdout, stderr } = await ssh(numbered(100, sshd.host), [
-    ...sshd.flags,
-    "--gather",
-    "--",
-    "echo hello; echo oops >&2",
-  ]);
-  assertEquals(stdout, "--- gpu-[1-100] (100)\nhello\noops\n");
-  assertEquals(stderr, "cluster-hosts: 100 of 100 returned 0\n");
-  assertEquals(code, 0);
-});
-
-sshdTest("ssh --gather keeps outputs and failures apart", async (sshd) => {
-  const hosts = { ...numbered(3, sshd.host), "gpu-4": pair(sshd).b!, head: sshd.host };
-  const args = [...sshd.flags, "--gather", "--", `${WHERE}; [ $3 = 127.0.0.1 ]`];
-  const { code, stdout } = await ssh(hosts, args);
-  assertEquals(stdout, "--- gpu-[1-3],head (4)\n127.0.0.1\n--- gpu-4: exit code 1\n127.0.0.2\n");
-  assertEquals(code, 1);
-});
-
-sshdTest("ssh --json tells all about each node", async (sshd) => {
-  const args = [...sshd.flags, "--", `${WHERE}; echo oops >&2; [ $3 = 127.0.0.1 ] || kill -9 $$`];
-  const { code, nodes } = await sshJson({ ...pair(sshd), c: { status: "active" } }, args);
-  const seen = nodes.map(({ durationMs, ...others }: Record<string, unknown>) => {
-    assert(Number.isInteger(durationMs));
-    return others;
+sshdTest("runOnNodes() gives one result a node, in order, with all about it", async (sshd) => {
+  const nodes = [...pair(sshd), node({ name: "c" })];
+  const { options } = sshd;
+  const results = await runOnNodes(nodes, [`${WHERE}; echo oops >&2; [ $3 = 127.0.0.1 ] || exit 7`], { options });
+  assertEquals(results.map((result) => result.node), nodes);
+  const seen = results.map(({ node, durationMs, ...others }) => {
+    assert(durationMs >= 0);
+    return { name: node.name, ...others };
   });
   const common = { signal: null, stderr: "oops\n", truncated: false };
   assertEquals(seen, [
-    { name: "a", ...common, exitCode: 0, stdout: "127.0.0.1\n", failure: null },
-    // What ended by a signal there is, to ssh, 255 without a word.
-    { name: "b", ...common, exitCode: 255, stdout: "127.0.0.2\n", failure: { code: "exit", message: "exit code 255" } },
+    { name: "a", ...common, exitCode: 0, stdout: "127.0.0.1\n", failure: undefined },
+    { name: "b", ...common, exitCode: 7, stdout: "127.0.0.2\n", failure: { code: "exit", message: "exit code 7" } },
     {
       name: "c",
       ...common,
       exitCode: null,
       stdout: "",
       stderr: "",
-      failure: { code: "no-address", message: "no address" },
+      failure: { code: "no-address", message: "set tailscale_ip or ssh_host" },
     },
   ]);
-  assertEquals(code, 1);
 });
 
-sshdTest("ssh sums up who did not return 0, and why", async (sshd) => {
-  await using dead = await startNode("refuses");
-  const { host } = sshd;
-  const hosts = {
-    ...numbered(3, { ...host, tailscale_ip: SSHD_ADDRESSES[1] }),
-    good: host,
-    dead: { ...host, ssh_port: dead.port },
-    locked: { ...host, ssh_key: sshd.otherKeyPath },
-    homeless: { status: "active" },
-  };
-  const { code, stdout, stderr } = await ssh(hosts, [...sshd.flags, "--", `${WHERE}; [ $3 = 127.0.0.1 ] || exit 7`]);
-  assertEquals(stdout.split("\n").filter((line) => line !== "").length, 4);
-  const summary = stderr.trimEnd().split("\n").at(-1)!;
-  assertMatch(summary, /^cluster-hosts: 1 of 7 returned 0; /);
-  for (
-    const part of [
-      /; gpu-\[1-3\]: exit code 7/,
-      /; dead: could not connect \(ssh: connect to host 127.0.0.1 port \d+: Connection refused\)/,
-      /; locked: could not connect \(root@127.0.0.1: Permission denied \(publickey\)\.\)/,
-      /; homeless: no address/,
-    ]
-  ) assertMatch(summary, part);
-  assertEquals(code, 1);
+sshdTest("runOnNodes() runs what a function gives for each node", async (sshd) => {
+  const nodes = pair(sshd);
+  const command = ({ name }: ClusterNode) => ["echo", `this is ${name};`, "echo 'a  b'"];
+  const results = await runOnNodes(nodes, command, { options: sshd.options });
+  assertEquals(results.map(({ stdout }) => stdout), ["this is a\na  b\n", "this is b\na  b\n"]);
 });
 
-sshdTest("ssh ends a command at --timeout", async (sshd) => {
-  const args = [...sshd.flags, "--timeout", "1", "--", "echo before; exec sleep 4"];
-  const { code, stdout, stderr, ms } = await ssh({ a: sshd.host }, args);
-  assertEquals(stdout, "a: before\n");
-  assertEquals(stderr, "cluster-hosts: 0 of 1 returned 0; a: timed out after 1.00 s\n");
-  assertEquals(code, 1);
-  assert(ms < 1000 + PROCESS_MS, `took ${ms} ms`);
+sshdTest("runOnNodes() gives every node the bytes of stdin, and none by default", async (sshd) => {
+  const nodes = pair(sshd);
+  const { options } = sshd;
+  const stdin = new Uint8Array(300_000).map((_, index) => index % 251);
+  const sums = await runOnNodes(nodes, ["cksum"], { options, stdin });
+  assertEquals(new Set(sums.map(({ stdout }) => stdout)).size, 1);
+  assertMatch(sums[0]!.stdout, / 300000$/m);
+  const script = new TextEncoder().encode("echo from a script\n");
+  for (const { stdout } of await runOnNodes(nodes, ["sh -s"], { options, stdin: script })) {
+    assertEquals(stdout, "from a script\n");
+  }
+  for (const { stdout } of await runOnNodes(nodes, ["cat; echo done"], { options })) assertEquals(stdout, "done\n");
+  // What does not read its stdin to the end is no error.
+  for (const result of await runOnNodes(nodes, ["true"], { options, stdin })) assertEquals(told(result), "0");
 });
 
-Deno.test("ssh gives up a server that accepts and does not go on", async () => {
+sshdTest("runOnNodes() tells of output while the command runs, and of each result at its end", async (sshd) => {
+  const [a, b] = pair(sshd) as [ClusterNode, ClusterNode];
+  const events: string[] = [];
+  const gate = Promise.withResolvers<void>();
+  await using server = await startNode(async (conn) => {
+    await gate.promise;
+    await send(conn, "open\n");
+  });
+  const command = ({ name }: ClusterNode) =>
+    name === "a" ? ["bash", "-c", `'echo first; read line < /dev/tcp/127.0.0.1/${server.port}; echo $line'`] : ["true"];
+  const results = await runOnNodes([a, b], command, {
+    options: sshd.options,
+    onOutput(node, stream, text) {
+      events.push(`${node.name} ${stream} ${JSON.stringify(text)}`);
+      if (events.includes("b 0")) gate.resolve();
+    },
+    onResult(result) {
+      events.push(`${result.node.name} ${told(result)}`);
+      if (events.some((event) => event.startsWith("a stdout"))) gate.resolve();
+    },
+  });
+  assertEquals(results.map(told), ["0", "0"]);
+  assertEquals(events.toSorted(), ["a 0", 'a stdout "first\\n"', 'a stdout "open\\n"', "b 0"]);
+  assertEquals(events.at(-1), "a 0");
+});
+
+for (const dead of ["refuses", "silent", "black-hole", "ssh"] as const) {
+  sshdTest(
+    `runOnNodes() connects within a second if one of two addresses is ${dead}, first or second`,
+    async (sshd) => {
+      // Both are named at the same port.
+      const [, sshHost] = SSHD_ADDRESSES;
+      await using other = dead === "ssh"
+        ? undefined
+        : await startNode(dead, { hostname: "127.0.0.3", port: sshd.port });
+      const deadIp = other?.hostname ?? SSHD_ADDRESSES[0];
+      for (const [tailscaleIp, second] of [[deadIp, sshHost], [sshHost, deadIp]] as const) {
+        const nodes = [on(sshd, { tailscaleIp, sshHost: second })];
+        const started = performance.now();
+        const endpoint = await findSshEndpoint(nodes[0]!, { options: sshd.options });
+        assertLess(performance.now() - started, 1000);
+        if (other) assertEquals(hostPort(endpoint.host, endpoint.port), hostPort(sshHost, sshd.port));
+        const [result] = await runOnNodes(nodes, [WHERE], { options: sshd.options });
+        assertEquals(told(result!), "0", result!.stderr);
+        assertEquals(result!.stdout, `${endpoint.host}\n`);
+      }
+    },
+  );
+}
+
+sshdTest("runOnNodes() finds the machine of a tailnet behind the port of a proxy that is dead", async (sshd) => {
+  // Port 22 of the tailnet's address is not ours to listen at: that endpoint stays dead.
+  await using silent = await startNode("silent", { hostname: "127.0.0.3", port: sshd.port });
+  const nodes = [on(sshd, { tailscaleIp: SSHD_ADDRESSES[1], sshHost: silent.hostname })];
+  const [result] = await runOnNodes(nodes, [WHERE], { options: sshd.options });
+  assertEquals([told(result!), result!.stdout], ["0", `${SSHD_ADDRESSES[1]}\n`]);
+});
+
+/** A proxy in front of a port, which can cut all of its connections. */
+async function startProxy(port: number): Promise<LoopbackNode & { cut(): void }> {
+  const cuts = Promise.withResolvers<void>();
+  const proxy = await startNode(async (conn) => {
+    using upstream = await Deno.connect({ hostname: "127.0.0.1", port });
+    const both = Promise.all([copy(conn, upstream), copy(upstream, conn)]).catch(() => {});
+    await Promise.race([both, cuts.promise]);
+  });
+  return Object.assign(proxy, { cut: () => cuts.resolve() });
+}
+
+async function copy(from: Deno.TcpConn, to: Deno.TcpConn): Promise<void> {
+  const buffer = new Uint8Array(65_536);
+  for (;;) {
+    const count = await from.read(buffer);
+    if (count === null) break;
+    for (let sent = 0; sent < count;) sent += await to.write(buffer.subarray(sent, count));
+  }
+  await to.closeWrite();
+}
+
+for (const quiet of [true, false]) {
+  sshdTest(
+    `runOnNodes() tells of a connection that is cut while the command runs: lost, and ran once (${
+      quiet ? "quiet" : "talkative"
+    } ssh)`,
+    async (sshd) => {
+      const options = quiet ? sshd.options : sshd.options.filter((option) => !option.startsWith("LogLevel"));
+      await using proxy = await startProxy(sshd.port);
+      const ran = `${sshd.keyPath}.ran`;
+      const through = on(sshd, { name: "cut", sshPort: proxy.port });
+      const killed = on(sshd, { name: "killed" });
+      const command = ({ name }: ClusterNode) => [
+        // What ssh says then is no line of its own, but goes on where the command was.
+        `echo x >> ${ran}.${name}; printf 50%% >&2; echo started; ${
+          name === "killed" ? "sleep 0.3; kill -9 $PPID;" : ""
+        } exec sleep 5`,
+      ];
+      const results = await runOnNodes([through, killed], command, {
+        options,
+        onOutput: ({ name }, stream) => {
+          if (name === "cut" && stream === "stdout") proxy.cut();
+        },
+      });
+      for (const result of results) {
+        const { name } = result.node;
+        assertEquals([result.failure?.code, result.stdout], ["lost", "started\n"], `${name}: ${told(result)}`);
+        assertEquals(await Deno.readTextFile(`${ran}.${name}`), "x\n");
+      }
+    },
+  );
+}
+
+/** What an ssh inside the command says of a host that is not this node; the port may be the same. */
+const LIES = [
+  "",
+  "ssh: connect to host other port PORT: Connection refused",
+  "ssh: connect to host 192.0.2.1 port PORT: Connection timed out",
+  "ssh: Could not resolve hostname other: Name or service not known",
+  "Connection to other closed by remote host.",
+  "Connection closed by 192.0.2.1 port PORT",
+  "Connection reset by 192.0.2.1 port PORT",
+  "root@other: Permission denied (publickey).",
+  "Timeout, server other not responding.",
+];
+
+sshdTest("runOnNodes() takes exit code 255 of the command for its own, whatever an ssh inside said", async (sshd) => {
+  // ssh ends its lines with a carriage return; what else writes to stderr does not.
+  const lies = LIES.map((lie) => lie.replace("PORT", String(sshd.port)))
+    .flatMap((lie) => [`${lie}\\r\\n`, `${lie}\\n`])
+    .concat("bash: line 1: /root/job: Permission denied\\n");
+  const nodes = lies.map((lie, index) => on(sshd, { name: `n${index}`, entry: { lie } }));
+  const command = ({ entry }: ClusterNode) => [`printf '${entry.lie}' >&2; exit 255`];
+  const results = await runOnNodes(nodes, command, { options: sshd.options });
+  const wrong = results.filter((result) => told(result) !== "exit: exit code 255" || result.exitCode !== 255);
+  assertEquals(wrong.map((result) => `${told(result)} of ${JSON.stringify(result.stderr)}`), []);
+});
+
+for (const callback of ["onOutput", "onResult"] as const) {
+  sshdTest(`runOnNodes() ends every ssh and throws what ${callback}() throws`, async (sshd) => {
+    const reason = new Error("enough");
+    const fail = () => {
+      throw reason;
+    };
+    // The one that is told of would go on, too, unless it has to end for that.
+    const command = ({ name }: ClusterNode) => [
+      name === "b" ? "exec sleep 5" : callback === "onOutput" ? "echo started; exec sleep 5" : "true",
+    ];
+    const started = performance.now();
+    const options = { options: sshd.options, [callback]: fail };
+    assert(await assertRejects(() => runOnNodes(pair(sshd), command, options)) === reason);
+    assertLess(performance.now() - started, SLACK_MS);
+    assertEquals(await sshProcesses(sshd.port), []);
+  });
+}
+
+sshdTest("runOnNodes() tells why it could not connect, and that the command was not started", async (sshd) => {
+  await using refuses = await startNode("refuses");
+  await using closes = await startNode("closes");
+  await using web = await startNode("http-500");
+  const known = `${sshd.keyPath}.known_hosts`;
+  const otherKey = (await Deno.readTextFile(`${sshd.otherKeyPath}.pub`)).split(" ").slice(0, 2).join(" ");
+  await Deno.writeTextFile(known, `[127.0.0.1]:${sshd.port} ${otherKey}\n`);
+  const strict = (file: string) =>
+    sshd.options.filter((option) => !/^(StrictHostKeyChecking|UserKnownHostsFile|LogLevel)=/.test(option))
+      .concat(`UserKnownHostsFile=${file}`, "GlobalKnownHostsFile=/dev/null");
+  const cases: [what: string, node: ClusterNode, options: readonly string[], message: RegExp][] = [
+    ["refused", on(sshd, { sshPort: refuses.port }), sshd.options, /refused/],
+    ["closed", on(sshd, { sshPort: closes.port }), sshd.options, /./],
+    ["another server", on(sshd, { sshPort: web.port }), sshd.options, /./],
+    ["another key", on(sshd, { sshKey: sshd.otherKeyPath }), sshd.options, /Permission denied/],
+    ["no such key", on(sshd, { sshKey: "/nowhere/key" }), sshd.options, /Permission denied|No such file/],
+    ["a name", on(sshd, { tailscaleIp: `${"x".repeat(64)}.invalid` }), sshd.options, /resolve/],
+    ["unknown host key", on(sshd), strict("/dev/null"), /StrictHostKeyChecking=accept-new/],
+    ["changed host key", on(sshd), strict(known), /host key|HOST IDENTIFICATION|identification/i],
+  ];
+  for (const [what, node, options, message] of cases) {
+    const [result] = await runOnNodes([node], ["echo ran"], { options });
+    assertEquals([result!.failure?.code, result!.stdout], ["connect", ""], `${what}: ${told(result!)}`);
+    assertMatch(result!.failure!.message, message, what);
+    // An option that would not help is not named.
+    if (what !== "unknown host key") assert(!result!.failure!.message.includes("accept-new"), told(result!));
+  }
+  const options = [...strict(`${known}.new`), "StrictHostKeyChecking=accept-new"];
+  const [accepted] = await runOnNodes([on(sshd)], ["echo ran"], { options });
+  assertEquals([told(accepted!), accepted!.stdout], ["0", "ran\n"]);
+});
+
+Deno.test("runOnNodes() gives up a server that accepts and does not go on", async () => {
   await using silent = await startNode("silent");
-  // Each byte could begin anew the wait of ssh itself, and after the banner it waits without end.
+  // Each byte could begin anew the wait of ssh itself, and after the greeting it waits without end.
   await using trickling = await startNode(async (conn, signal) => {
     for (;; await delay(50, { signal })) await send(conn, "S");
   });
-  await using banner = await startNode(async (conn) => {
-    await send(conn, "SSH-2.0-OpenSSH_9.2\r\n");
-    await untilClosed(conn);
-  });
-  for (
-    const [{ port }, flags, codes] of [
-      [silent, ["--connect-timeout", "1"], ["connect"]],
-      [banner, ["--connect-timeout", "1", "--timeout", "2"], ["connect", "timeout"]],
-      [trickling, ["--connect-timeout", "1", "--timeout", "2"], ["connect", "timeout"]],
-      [silent, ["--timeout", "1"], ["timeout"]],
-    ] as const
-  ) {
+  await using greeting = await startNode("ssh-banner");
+  const cases = [
+    [silent, { connectTimeoutMs: 1000 }, ["connect"]],
+    [silent, { timeoutMs: 1000 }, ["timeout"]],
+    [greeting, { connectTimeoutMs: 1000, timeoutMs: 1500 }, ["connect", "timeout"]],
+    [trickling, { connectTimeoutMs: 1000, timeoutMs: 1500 }, ["connect", "timeout"]],
+  ] as const;
+  await Promise.all(cases.map(async ([{ port }, options, codes]) => {
     const started = performance.now();
-    const { code, nodes } = await sshJson({ a: { ...LOCAL, ssh_port: port } }, [...flags, "--", "true"]);
-    assertEquals(code, 1);
-    assert(codes.includes(nodes[0].failure.code as never), JSON.stringify(nodes[0]));
-    assert(performance.now() - started < 2000 + PROCESS_MS);
+    const [result] = await runOnNodes([node({ tailscaleIp: "127.0.0.1", sshPort: port })], ["true"], options);
+    assert(codes.includes(result!.failure?.code as never), told(result!));
+    assertLess(performance.now() - started, 1500 + SLACK_MS);
+  }));
+});
+
+sshdTest("runOnNodes() ends a command at its deadline, and keeps what it said until then", async (sshd) => {
+  const started = performance.now();
+  const [result] = await runOnNodes([on(sshd)], ["echo before; exec sleep 5"], {
+    options: sshd.options,
+    timeoutMs: 1000,
+  });
+  assertLess(performance.now() - started, 1000 + SLACK_MS);
+  assertEquals([result!.failure?.code, result!.stdout, result!.exitCode], ["timeout", "before\n", null]);
+});
+
+sshdTest("runOnNodes() keeps 1 MiB of each stream, and onOutput() is told all of it", async (sshd) => {
+  const size = 3_000_000;
+  const flood = `head -c ${size} /dev/zero | tr '\\0' x`;
+  const heard = { stdout: 0, stderr: 0 };
+  const [flooded] = await runOnNodes([on(sshd)], [`${flood} >&2; echo short`], {
+    options: sshd.options,
+    onOutput: (_node, stream, text) => void (heard[stream] += text.length),
+  });
+  assertEquals([told(flooded!), flooded!.truncated, flooded!.stdout], ["0", true, "short\n"]);
+  assertEquals(heard, { stdout: 6, stderr: size });
+  assertEquals(flooded!.stderr, "x".repeat(MIB));
+  const exactly = `head -c ${MIB} /dev/zero | tr '\\0' x`;
+  const [exact] = await runOnNodes([on(sshd)], [exactly], { options: sshd.options });
+  assertEquals([exact!.truncated, exact!.stdout.length], [false, MIB]);
+});
+
+sshdTest("runOnNodes() gives onOutput() whole characters, however they are cut", async (sshd) => {
+  const text = "ä€😀".repeat(20_000);
+  let heard = "";
+  const [result] = await runOnNodes([on(sshd)], ["cat"], {
+    options: sshd.options,
+    stdin: new TextEncoder().encode(text),
+    onOutput: (_node, _stream, piece) => void (heard += piece),
+  });
+  assertEquals([heard === text, result!.stdout === text], [true, true]);
+});
+
+sshdTest("runOnNodes() runs on 100 nodes, at most `concurrency` at once", async (sshd) => {
+  const nodes = Array.from({ length: 100 }, (_, index) => on(sshd, { name: `gpu-${index}` }));
+  let ended = 0;
+  const results = await runOnNodes(nodes, ["echo hello"], { options: sshd.options, onResult: () => void ended++ });
+  assertEquals([results.map(told), ended], [nodes.map(() => "0"), 100]);
+  assertEquals(results.map(({ stdout }) => stdout), nodes.map(() => "hello\n"));
+});
+
+const LOCAL = { tailscaleIp: "127.0.0.1" };
+
+function numbered(count: number): ClusterNodeFields[] {
+  return Array.from({ length: count }, (_, index) => ({ name: `gpu-${index + 1}`, ...LOCAL }));
+}
+
+Deno.test("runOnNodes() has at most `concurrency` commands under way", async () => {
+  const script = `echo $$ >> "$0.pids"; ls "$0".run.* 2>/dev/null | wc -l >> "$0.calls"
+touch "$0.run.$$"; sleep 0.1; rm "$0.run.$$"`;
+  await using fake = await fakeSsh(script);
+  const plan = { nodes: numbered(9), command: ["x"], options: { concurrency: 3 } };
+  const { results } = await runElsewhere(plan, fake);
+  assertEquals(results.map(({ exitCode }) => exitCode), plan.nodes.map(() => 0));
+  const others = (await fake.calls()).map(Number);
+  assert(Math.max(...others) <= 2, others.join());
+});
+
+for (const [name, script] of Object.entries({ polite: FAKES.polite, stubborn: FAKES.stubborn })) {
+  Deno.test(`runOnNodes() ends every ssh at its signal, a ${name} one too, then rejects with the reason`, async () => {
+    await using fake = await fakeSsh(script);
+    const plan = { nodes: numbered(3), command: ["x"], options: { concurrency: 2 }, abortAfter: 2 };
+    const { reason, ms, told, results } = await runElsewhere(plan, fake);
+    assertEquals(reason, "enough");
+    assertLess(ms, SLACK_MS);
+    const pids = await fake.pids();
+    assertEquals([pids.length, await alive(pids)], [2, []]);
+    for (const name of ["gpu-1", "gpu-2"]) assert(told.includes(name), told.join());
+    for (const { failure } of results.slice(0, 2)) assertEquals(failure?.code, "signal");
+  });
+
+  Deno.test(`runOnNodes() ends at its deadline an ssh that is ${name}, and leaves nothing`, async () => {
+    await using fake = await fakeSsh(script);
+    const plan = { nodes: numbered(1), command: ["x"], options: { timeoutMs: 500 } };
+    const { results: [result], ms } = await runElsewhere(plan, fake);
+    assertEquals([result!.failure?.code, result!.stdout], ["timeout", "started\n"]);
+    assertLess(ms, 500 + SLACK_MS);
+    assertEquals(await alive(await fake.pids()), []);
+    // It is asked to end before it is made to.
+    assertEquals(await fake.calls(), name === "polite" ? ["asked to end"] : []);
+  });
+}
+
+Deno.test("runOnNodes() does not wait past its deadline for a process that holds the pipe", async () => {
+  await using fake = await fakeSsh(FAKES.forking);
+  const plan = { nodes: numbered(1), command: ["x"], options: { timeoutMs: 1000 } };
+  const { results: [result], ms } = await runElsewhere(plan, fake);
+  assertEquals(result!.stdout, "done\n");
+  assertLess(ms, 1000 + SLACK_MS);
+});
+
+Deno.test("runOnNodes() keeps 1 MiB of an endless output, and ends it at its deadline", async () => {
+  await using fake = await fakeSsh(FAKES.flooding);
+  const plan = { nodes: numbered(1), command: ["x"], options: { timeoutMs: 500 } };
+  const { results: [result], ms } = await runElsewhere(plan, fake);
+  assertEquals([result!.failure?.code, result!.truncated, result!.stdout], ["timeout", true, `${MIB} characters`]);
+  assertLess(ms, 500 + SLACK_MS);
+  assertEquals(await alive(await fake.pids()), []);
+});
+
+Deno.test("runOnNodes() needs no permission but --allow-run=ssh, and names it", async () => {
+  await using fake = await fakeSsh("echo hello");
+  const plan = { nodes: numbered(1), command: ["x"] };
+  const { results } = await runElsewhere(plan, fake);
+  assertEquals(results.map(({ exitCode, stdout }) => [exitCode, stdout]), [[0, "hello\n"]]);
+  const denied = await runElsewhere(plan, { ...fake, flags: [] });
+  assertStringIncludes(denied.reason!, "NotCapable");
+  assertStringIncludes(denied.reason!, "--allow-run=ssh");
+});
+
+Deno.test("runOnNodes() throws if there is no ssh, and tells of an ssh that cannot be started: local", async () => {
+  await using fake = await fakeSsh("echo hello");
+  const [node] = numbered(1);
+  // Linux takes no argument of 128 KiB.
+  const { results: [result] } = await runElsewhere({ nodes: [node!], command: ["x".repeat(200_000)] }, fake);
+  assertEquals([result!.failure?.code, result!.exitCode], ["local", null]);
+  await Deno.writeTextFile(`${fake.folder}/ssh`, "#!/nowhere\n");
+  const { results, reason } = await runElsewhere({ nodes: numbered(2), command: ["x"] }, fake);
+  assertEquals([results, reason], [[], "Error: There is no ssh on the PATH: install OpenSSH"]);
+});
+
+Deno.test("runOnNodes() without net permission takes the first endpoint, and names the other and the flag if that fails", async () => {
+  await using refusing = await fakeSsh(
+    'echo "ssh: connect to host 127.0.0.8 port 22: Connection refused" >&2; exit 255',
+  );
+  const nodes = [{ name: "a", tailscaleIp: "127.0.0.8", sshHost: "root@127.0.0.9" }];
+  const { results: [result] } = await runElsewhere({ nodes, command: ["x"] }, refusing);
+  assertEquals(result!.failure?.code, "connect");
+  assertStringIncludes(result!.failure!.message, "127.0.0.9");
+  assertStringIncludes(result!.failure!.message, "--allow-net=127.0.0.8:22,127.0.0.9:22");
+});
+
+Deno.test("findSshEndpoint() takes what greets, and does not ask where there is nothing to choose", async () => {
+  await using greets = await startNode("ssh-banner", { hostname: "127.0.0.2" });
+  const { port } = greets;
+  await using silent = await startNode("silent", { hostname: "127.0.0.3", port });
+  const two = node({ tailscaleIp: silent.hostname, sshHost: `root@${greets.hostname}`, sshPort: port });
+  const three = node({ tailscaleIp: greets.hostname, sshHost: `root@${silent.hostname}`, sshPort: port });
+  for (const each of [two, three]) {
+    const { host, protocol, port: found } = await findSshEndpoint(each);
+    assertEquals([host, found, protocol], [greets.hostname, port, "ssh"]);
   }
+  const before = [greets.connections, silent.connections];
+  for (const option of ["ProxyJump=x", "proxycommand=x", "HostName=x", "Port=1"]) {
+    assertEquals((await findSshEndpoint(two, { options: [option] })).host, greets.hostname, option);
+  }
+  const one = node({ tailscaleIp: silent.hostname, sshPort: port });
+  assertEquals((await findSshEndpoint(one)).host, silent.hostname);
+  assertEquals([greets.connections, silent.connections], before);
 });
 
-sshdTest("ssh takes the user of --user, and options in place of its own", async (sshd) => {
-  await using dead = await startNode("refuses");
-  const hosts = { a: { ...sshd.host, ssh_user: "nobody", ssh_port: dead.port } };
-  const args = [...sshd.flags, "--user", sshd.user, "--ssh-option", `Port=${sshd.port}`, "--", "id -un"];
-  const { code, stdout, stderr } = await ssh(hosts, args);
-  assertEquals([code, stdout], [0, `a: ${sshd.user}\n`], stderr);
-
-  await using recording = await standIn(RECORDING);
-  const options = ["--ssh-option", "connecttimeout=3", "--ssh-option", "BatchMode=no", "--connect-timeout", "9"];
-  await ssh({ a: LOCAL }, [...options, "--", "true"], recording);
-  assertEquals(await recording.calls(), ["-p 22 -o connecttimeout=3 -o BatchMode=no -- ubuntu@127.0.0.1 true"]);
+Deno.test("findSshEndpoint() takes the first if none greets within two seconds, or as soon as none can", async () => {
+  const trickle: Conversation = async (conn, signal) => {
+    for (;; await delay(50, { signal })) await send(conn, "\n");
+  };
+  const kinds: [Behaviour | Conversation, Behaviour | Conversation, atMostMs: number][] = [
+    ["silent", trickle, 2000 + SLACK_MS],
+    ["closes", "refuses", SLACK_MS],
+    ["http-500", "closes", 2000 + SLACK_MS],
+  ];
+  await Promise.all(kinds.map(async ([first, second, atMostMs], index) => {
+    const [hostname, other] = [`127.0.1.${2 * index}`, `127.0.1.${2 * index + 1}`];
+    await using one = await startNode(first, { hostname });
+    await using _two = await startNode(second, { hostname: other, port: one.port });
+    // With a port of its own, ssh_host comes first.
+    const fields = { tailscaleIp: other, sshHost: hostname, sshPort: one.port };
+    const started = performance.now();
+    assertEquals((await findSshEndpoint(node(fields))).host, hostname);
+    assertLess(performance.now() - started, atMostMs);
+  }));
 });
 
-sshdTest("ssh keeps 1 MiB of each stream, and says so", async (sshd) => {
-  const flood = (streams: string) => `head -c 3000000 /dev/zero | tr '\\0' x ${streams}; echo short`;
-  const { code, nodes, stderr } = await sshJson({ a: sshd.host }, [...sshd.flags, "--", flood(">&2")]);
-  assertEquals([code, nodes[0].truncated, nodes[0].stdout], [0, true, "short\n"]);
-  assert(nodes[0].stderr.startsWith("x".repeat(MIB)));
-  assert(nodes[0].stderr.length < MIB + 100);
-  assertStringIncludes(stderr, "a: output cut at 1 MiB");
-
-  const live = await ssh({ a: sshd.host, b: sshd.host }, [...sshd.flags, "b", "--", flood("")]);
-  assertMatch(live.stdout, /^b: x{1048576}\nb: \[cut at 1 MiB\]\n$/);
-  assertStringIncludes(live.stderr, "1 of 1 returned 0; b: output cut at 1 MiB");
-
-  const exact = await sshJson({ a: sshd.host }, [...sshd.flags, "--", `head -c ${MIB} /dev/zero | tr '\\0' x`]);
-  assertEquals([exact.nodes[0].truncated, exact.nodes[0].stdout.length], [false, MIB]);
-});
-
-sshdTest("ssh gives the command an empty stdin", async (sshd) => {
-  const { code, stdout } = await ssh({ a: sshd.host }, [...sshd.flags, "--", "cat; echo done"], { stdin: "secret\n" });
-  assertEquals([code, stdout], [0, "a: done\n"]);
-});
-
-sshdTest("ssh runs under --allow-run=ssh alone, and names it where it is missing", async (sshd) => {
-  await using inventory = await writeInventory({ a: sshd.host });
-  const args = ["ssh", "--config", inventory.path, ...sshd.flags, "--", "echo hello; exec sleep 4"];
-  const read = `--allow-read=${inventory.path}`;
-  // The kill at the timeout needs nothing more.
-  const allowed = await runCli(["ssh", "--timeout", "1", ...args.slice(1)], { flags: [read, "--allow-run=ssh"] });
-  assertEquals([allowed.code, allowed.stdout], [1, "a: hello\n"]);
-  assertEquals(allowed.stderr, "cluster-hosts: 0 of 1 returned 0; a: timed out after 1.00 s\n");
-
-  const denied = await runCli(args, { flags: [read] });
-  assertEquals([denied.code, denied.stdout], [2, ""]);
-  assertMatch(denied.stderr, /^cluster-hosts: .*--allow-run=ssh\n$/);
-});
-
-sshdTest("ssh never passes on an escape sequence of a node", async (sshd) => {
-  const output = "\x1b]0;title\x07\x1b[31mred\x9b1m \u202eevil\u2066 \0 \x7f one\rtwo\r\n";
-  const octal = [...new TextEncoder().encode(output)].map((byte) => `\\0${byte.toString(8).padStart(3, "0")}`).join("");
-  const command = `printf %b '${octal}'; printf %b '${octal}' >&2; exit 4`;
-  // deno-lint-ignore no-control-regex
-  const unsafe = /[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/;
-  for (const flags of [[], ["--gather"], ["--json"]]) {
-    const { stdout, stderr } = await ssh({ a: sshd.host }, [...sshd.flags, ...flags, "--", command]);
-    assert(!unsafe.test(stdout + stderr), JSON.stringify(stdout + stderr));
-    if (flags.includes("--json")) {
-      const [node] = JSON.parse(stdout).nodes;
-      assertEquals([node.stdout, node.stderr], [output, output]);
-    } else {
-      assertStringIncludes(
-        stdout,
-        "\\u{1b}]0;title\\u{7}\\u{1b}[31mred\\u{9b}1m \\u{202e}evil\\u{2066} \\u{0} \\u{7f} ",
-      );
-      assertStringIncludes(flags.length > 0 ? stdout : stderr, "one\\u{d}two\n");
+Deno.test("findSshEndpoint() closes a connection that is made when another one has won already", async () => {
+  await using greets = await startNode("ssh-banner", { hostname: "127.0.0.2" });
+  await using silent = await startNode("silent", { hostname: "127.0.0.3", port: greets.port });
+  const { connect } = Deno;
+  const won = Promise.withResolvers<void>();
+  Deno.connect = (async (options: Deno.ConnectOptions & { signal: AbortSignal }) => {
+    // The signal comes too late for this one.
+    const { signal, ...others } = options;
+    const conn = await connect(others);
+    if (options.hostname === silent.hostname) {
+      signal.addEventListener("abort", () => won.resolve());
+      await won.promise;
     }
+    return conn;
+  }) as typeof Deno.connect;
+  try {
+    const two = node({ tailscaleIp: greets.hostname, sshHost: silent.hostname, sshPort: greets.port });
+    assertEquals((await findSshEndpoint(two)).host, greets.hostname);
+  } finally {
+    Deno.connect = connect;
   }
-  const lying = `${LYING_FAULT.replace("\x1b", "\\033")}`;
-  const { stderr } = await ssh({ a: sshd.host }, [...sshd.flags, "--", `printf '${lying}\\n' >&2; exit 255`]);
-  assert(!unsafe.test(stderr), JSON.stringify(stderr));
-  assertStringIncludes(stderr, "Connection \\u{1b}[2J");
+  assertEquals(silent.connections, 1);
 });
 
-const LYING_FAULT = "Connection \x1b[2J";
+Deno.test("findSshEndpoint() ends at its signal with the reason", async () => {
+  await using silent = await startNode("silent");
+  await using hole = await startNode("black-hole", { hostname: "127.0.0.3", port: silent.port });
+  const two = node({ tailscaleIp: silent.hostname, sshHost: hole.hostname, sshPort: silent.port });
+  const reason = new Error("enough");
+  const controller = new AbortController();
+  setTimeout(() => controller.abort(reason), 100);
+  const started = performance.now();
+  assert(await assertRejects(() => findSshEndpoint(two, { signal: controller.signal })) === reason);
+  assertLess(performance.now() - started, 1000);
+});
 
-sshdTest("ssh leaves no ssh behind when it is ended", async (sshd) => {
-  await using inventory = await writeInventory(numbered(3, sshd.host));
-  const args = ["ssh", "--config", inventory.path, ...sshd.flags, "--", "echo started; exec sleep 4"];
-  await using cli = startCli(args);
-  for (let started = 0; started < 3; started++) await cli.stdout.next();
-  assertEquals((await sshProcesses(sshd.port)).length, 3);
-  cli.process.kill("SIGTERM");
-  assertEquals((await cli.end()).code, 143);
-  assertEquals(await sshProcesses(sshd.port), []);
+Deno.test({
+  name: "findSshEndpoint() without net permission takes the first",
+  permissions: { net: false },
+  async fn() {
+    const { connect } = Deno;
+    // On a terminal, Deno would ask.
+    let connects = 0;
+    Deno.connect = () => {
+      connects++;
+      throw new Error("There is no network");
+    };
+    try {
+      const { host, port } = await findSshEndpoint(node({ tailscaleIp: "100.64.0.1", sshHost: "root@203.0.113.7" }));
+      assertEquals([host, port, connects], ["100.64.0.1", 22, 0]);
+    } finally {
+      Deno.connect = connect;
+    }
+  },
+});
+
+Deno.test("sshCommand() gives the whole argument list", () => {
+  const full = node({ sshHost: "root@2001:db8::1", sshKey: "~/.ssh/id", sshPort: 2222 });
+  assertEquals(sshCommand(full, ["echo", "a b"], { options: ["ServerAliveInterval=5"] }), [
+    "ssh",
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "ConnectTimeout=10",
+    "-p",
+    "2222",
+    "-i",
+    "~/.ssh/id",
+    "-o",
+    "ServerAliveInterval=5",
+    "--",
+    "root@2001:db8::1",
+    "echo",
+    "a b",
+  ]);
+  const plain = node({ sshHost: "gpu.example.com" });
+  const replaced = { user: "ops", connectTimeoutMs: 1500, options: ["port=23", "BatchMode=no"] };
+  assertEquals(
+    sshCommand(plain, ["-x"], replaced).join(" "),
+    "ssh -o ConnectTimeout=2 -o port=23 -o BatchMode=no -- ops@gpu.example.com -x",
+  );
+  // Its type says that there is one.
+  const program: string = sshCommand(plain, ["x"])[0];
+  assertEquals(program, "ssh");
+  const endpoint = { protocol: "ssh", host: "203.0.113.7", port: 31_022, path: "" } as const;
+  const elsewhere = sshCommand(plain, ["x"], { endpoint });
+  assertEquals(elsewhere.slice(5, 7), ["-p", "31022"]);
+  assertEquals(elsewhere.at(-2), "ubuntu@203.0.113.7");
+});
+
+const UNSAFE = [
+  "-oProxyCommand=x",
+  "a b",
+  "a;b",
+  "$(x)",
+  "`x`",
+  "a\nb",
+  "a\0b",
+  "a%hb",
+  "a|b",
+  "a&b",
+  "a'b",
+  'a"b',
+  "a\\b",
+  "a<b",
+];
+
+Deno.test("sshCommand() and ClusterNode refuse what ssh or a shell could take for something else", () => {
+  const plain = node({ sshHost: "x" });
+  for (const text of UNSAFE) {
+    for (const fields of [{ sshHost: text }, { sshHost: `root@${text}` }, { tailscaleIp: text }]) {
+      assertThrows(() => node(fields), TypeError, undefined, text);
+    }
+    assertThrows(() => node({ sshHost: "x", sshUser: text }), TypeError, undefined, text);
+    assertThrows(() => node({ sshHost: "x", sshKey: text }), TypeError, undefined, text);
+    assertThrows(() => sshCommand(plain, ["x"], { user: text }), TypeError, "user", text);
+    for (const option of ["ProxyJump", "HostName", "User", "IdentityFile"]) {
+      assertThrows(() => sshCommand(plain, ["x"], { options: [`${option}=${text}`] }), TypeError, option, text);
+    }
+    assertThrows(() => sshCommand(plain, ["x"], { options: [`ProxyJump=ok,${text}`] }), TypeError, "ProxyJump", text);
+  }
+  for (const option of ["", "-x", "NoValue", "A B=c", "ProxyCommand=a\nb"]) {
+    assertThrows(() => sshCommand(plain, ["x"], { options: [option] }), TypeError, "ssh option", option);
+  }
+  const jump = ["ProxyJump=ops@[2001:db8::1]:22,other"];
+  assert(sshCommand(plain, ["x"], { options: jump }).includes(jump[0]!));
+});
+
+Deno.test("sshCommand() and runOnNodes() throw at a fault of the caller, before any ssh is started", async () => {
+  const plain = node({ sshHost: "x" });
+  assertThrows(() => sshCommand(node(), ["x"]), TypeError, "address");
+  assertThrows(() => sshCommand(plain, ["x"], { connectTimeoutMs: 0 }), RangeError);
+  assertThrows(() => sshCommand(plain, ["a\0b"]), TypeError, "NUL");
+  await using fake = await fakeSsh(FAKES.recording);
+  for (
+    const options of [{ timeoutMs: 0 }, { concurrency: 0 }, { connectTimeoutMs: -1 }, { user: "a b" }, {
+      options: ["x"],
+    }]
+  ) {
+    const { reason } = await runElsewhere({ nodes: numbered(1), command: ["x"], options }, fake);
+    assertMatch(reason!, /^(RangeError|TypeError): /, JSON.stringify(options));
+  }
+  assertEquals(await fake.calls(), []);
+  await using server = await startNode("closes");
+  const nodes = ["a", "b"].map((name) => node({ name, ...LOCAL, sshPort: server.port }));
+  // One that is unsafe stops them all.
+  const command = ({ name }: ClusterNode) => [name === "b" ? "a\0b" : "true"];
+  await assertRejects(() => runOnNodes(nodes, command, { concurrency: 1 }), TypeError, "NUL");
+  assertEquals(server.connections, 0);
 });
 
 /** The command lines of the ssh processes that go to a port. */
@@ -304,135 +645,22 @@ async function sshProcesses(port: number): Promise<string[]> {
   return stdout.split("\n").filter((line) => /^(\S*\/)?ssh /.test(line) && line.includes(` -p ${port} `));
 }
 
-Deno.test("ssh leaves no ssh behind at any signal, not even one that ignores it", async () => {
-  await using inventory = await writeInventory(numbered(3, LOCAL));
-  const args = ["ssh", "--config", inventory.path, "--concurrency", "2", "--", "x"];
-  for (const script of [POLITE, STUBBORN]) {
-    for (const [signal, exitCode] of [["SIGINT", 130], ["SIGTERM", 143], ["SIGHUP", 129]] as const) {
-      await using ill = await standIn(script);
-      await using cli = startCli(args, ill);
-      for (let started = 0; started < 2; started++) assertMatch((await cli.stdout.next()).value, /^gpu-[12]: started$/);
-      const signalled = performance.now();
-      cli.process.kill(signal);
-      const { code, stderr } = await cli.end();
-      assertEquals(code, exitCode);
-      assert(performance.now() - signalled < 1500, `took ${performance.now() - signalled} ms`);
-      const pids = await ill.pids();
-      assertEquals(pids.length, 2);
-      assertEquals(await alive(pids), []);
-      assertMatch(stderr.at(-1)!, /^cluster-hosts: 0 of 3 returned 0; gpu-\[1-2\]: ended by SIG\w+; 1 not started$/);
-    }
-  }
-});
-
-Deno.test("ssh ends at --timeout what ignores SIGTERM and leaves a process that holds the pipe", async () => {
-  await using stubborn = await standIn(STUBBORN);
-  const { code, stdout, stderr, ms } = await ssh({ a: LOCAL }, ["--timeout", "1", "--", "x"], stubborn);
-  assertEquals([code, stdout], [1, "a: started\n"]);
-  assertEquals(stderr, "cluster-hosts: 0 of 1 returned 0; a: timed out after 1.00 s\n");
-  assert(ms < 1000 + 1500 + PROCESS_MS, `took ${ms} ms`);
-  assertEquals(await alive(await stubborn.pids()), []);
-});
-
-Deno.test("ssh caps an endless output, and ends it at --timeout", async () => {
-  await using flooding = await standIn('echo $$ >> "$0.pids"; exec yes');
-  const { code, stdout, stderr, ms } = await ssh({ a: LOCAL }, ["--timeout", "1", "--", "x"], flooding);
-  assertEquals(code, 1);
-  assert(stdout.endsWith("a: y\na: [cut at 1 MiB]\n") && stdout.length < 4 * MIB);
-  assertEquals(
-    stderr,
-    "cluster-hosts: 0 of 1 returned 0; a: timed out after 1.00 s; a: output cut at 1 MiB\n",
-  );
-  assert(ms < 1000 + 1500 + PROCESS_MS, `took ${ms} ms`);
-  assertEquals(await alive(await flooding.pids()), []);
-});
-
-Deno.test("ssh ends every ssh when the reader of its output is gone", async () => {
-  await using inventory = await writeInventory(numbered(3, LOCAL));
-  await using flooding = await standIn('echo $$ >> "$0.pids"; exec yes');
-  const command =
-    `deno run -q --no-prompt --config deno.json -P=cli cli.ts ssh --config ${inventory.path} --timeout 6 -- x | head -1`;
-  const { code, stdout, stderr, ms } = await run("sh", ["-c", command], flooding);
-  assertEquals([code, stderr], [0, ""]);
-  assertMatch(stdout, /^gpu-[123]: y\n$/);
-  assert(ms < 1500 + PROCESS_MS, `took ${ms} ms`);
-  assertEquals(await alive(await flooding.pids()), []);
-});
-
-Deno.test("ssh is told what is missing: a command, a node, ssh itself", async () => {
-  await using recording = await standIn(RECORDING);
-  for (
-    const [args, message] of [
-      [[], /ssh needs a command behind "--"/],
-      [["a"], /ssh needs a command behind "--"/],
-      [["a", "--"], /ssh needs a command behind "--"/],
-      [["b", "--", "true"], /"b"/],
-      [["--timeout", "0", "--", "true"], /--timeout/],
-      [["--ssh-option", "ConnectTimeout", "--", "true"], /KEY=VALUE/],
-    ] as const
-  ) {
-    const { code, stdout, stderr } = await ssh({ a: LOCAL }, args, recording);
-    assertEquals([code, stdout], [2, ""]);
-    assertMatch(stderr, /^cluster-hosts: .*\n$/);
-    assertMatch(stderr, message);
-  }
-  assertEquals(await recording.calls(), []);
-
-  await using broken = await standIn("");
-  await Deno.writeTextFile(`${broken.folder}/ssh`, "#!/nowhere\n");
-  const { code, stderr } = await ssh(numbered(3, LOCAL), ["--", "true"], broken);
-  assertEquals([code, stderr], [2, "cluster-hosts: There is no ssh on the PATH: install OpenSSH\n"]);
-});
-
-const UNSAFE = [
-  "-oProxyCommand=touch",
-  "a b",
-  "a;id",
-  "$(id)",
-  "`id`",
-  "a\nb",
-  "a%h",
-  "a|id",
-  "a&id",
-  "a'b",
-  'a"b',
-  "a>b",
-  "a\\b",
-  "a*",
-];
-
-Deno.test("ssh refuses unsafe hosts, users, keys and jump hosts before any process starts", async () => {
-  await using recording = await standIn(RECORDING);
-  const good = { good: LOCAL };
-  const hosts: Hosts = { ...good };
-  for (const [index, text] of [...UNSAFE, "a\0b"].entries()) {
-    hosts[`host${index}`] = { tailscale_ip: text };
-    hosts[`target${index}`] = { ssh_host: text };
-    hosts[`account${index}`] = { ssh_host: `${text}@127.0.0.1` };
-    hosts[`user${index}`] = { ...LOCAL, ssh_user: text };
-    hosts[`key${index}`] = { ...LOCAL, ssh_key: text };
-  }
-  const { code, stdout, stderr } = await ssh(hosts, ["good", "--", "true"], recording);
-  assertEquals([code, stdout], [2, ""]);
-  for (const name of Object.keys(hosts).slice(1)) assertStringIncludes(stderr, `hosts.${name}.`);
-
-  for (const user of UNSAFE) {
-    const { code, stdout, stderr } = await ssh(good, [`--user=${user}`, "--", "true"], recording);
-    assertEquals([code, stdout], [2, ""], user);
-    assertMatch(stderr, /^cluster-hosts: .*user: .*\n$/);
-  }
-  for (const key of ["ProxyJump", "HostName", "User", "IdentityFile"]) {
-    const options = UNSAFE.map((text) => `--ssh-option=${key}=${text}`);
-    const { code, stdout, stderr } = await ssh(good, [...options, "--", "true"], recording);
-    assertEquals([code, stdout], [2, ""]);
-    assertEquals(stderr.split(`ssh option: ${key}: `).length - 1, UNSAFE.length, stderr);
-  }
-  assertEquals(await recording.calls(), []);
-
-  // It does record what is safe.
-  const jump = ["--ssh-option", "ProxyJump=me@127.0.0.1:22,[::1]:23"];
-  assertEquals((await ssh(good, [...jump, "--", "echo", "a;b"], recording)).code, 0);
-  assertEquals(await recording.calls(), [
-    "-o BatchMode=yes -o ConnectTimeout=10 -p 22 -o ProxyJump=me@127.0.0.1:22,[::1]:23 -- ubuntu@127.0.0.1 echo a;b",
-  ]);
+sshdTest("runOnNodes() leaves no ssh behind at its signal or deadline", async (sshd) => {
+  const nodes = Array.from({ length: 3 }, (_, index) => on(sshd, { name: `gpu-${index}` }));
+  const controller = new AbortController();
+  const results: CommandResult[] = [];
+  const reason = new Error("enough");
+  let started = 0;
+  const running = runOnNodes(nodes, ["echo started; exec sleep 5"], {
+    options: sshd.options,
+    signal: controller.signal,
+    onOutput: () => void (++started === 3 && controller.abort(reason)),
+    onResult: (result) => void results.push(result),
+  });
+  assert(await assertRejects(() => running) === reason);
+  assertEquals(await sshProcesses(sshd.port), []);
+  assertEquals(results.map(({ failure }) => failure?.code), ["signal", "signal", "signal"]);
+  await runOnNodes(nodes, ["exec sleep 5"], { options: sshd.options, timeoutMs: 500 });
+  assertEquals(await sshProcesses(sshd.port), []);
+  await assertRejects(() => runOnNodes(nodes, ["true"], { signal: AbortSignal.abort(reason) }), Error, "enough");
 });

@@ -1,11 +1,14 @@
 /**
- * A real sshd on loopback for the tests and the benchmark of `cluster-hosts ssh`, and a command line that goes on while
- * the test does.
+ * A real sshd on loopback for the tests and the benchmark of commands over ssh.
  *
  * @module
  */
 import { delay } from "jsr:@std/async@^1.5.0/delay";
-import { ROOT, run, type RunOptions } from "./loopback_cluster.ts";
+import { unusedPort } from "./loopback_cluster.ts";
+import { programMissing, run, tempFolder } from "./process.ts";
+
+// Their old place.
+export { type RunningCli, startCli } from "./process.ts";
 
 const SSHD = "/usr/sbin/sshd";
 
@@ -28,29 +31,31 @@ export interface Sshd extends AsyncDisposable {
   readonly flags: readonly string[];
 }
 
-/** Why no sshd can be started here, or `undefined` where one can. */
+/** Why no sshd can be started here, or `undefined` if one can. */
 export function sshdMissing(): string | undefined {
   if (Deno.build.os !== "linux") return "needs Linux, where all of 127.0.0.0/8 is this machine";
-  if (Deno.uid() !== 0) return "needs root, which starts sshd";
-  try {
-    Deno.statSync(SSHD);
-  } catch (error) {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
-    return `needs ${SSHD}: install openssh-server`;
-  }
+  const missing = [SSHD, "ssh", "ssh-keygen"].map(programMissing).find((missing) => missing !== undefined);
+  if (missing !== undefined) return `${missing}: install OpenSSH's server and client`;
+  const script = Deno.uid() === 0
+    // Where it was never started as a service, sshd misses this folder.
+    ? "mkdir -p /run/sshd"
+    // It admits nobody but the user who started it, and that only to a shell.
+    : 'getent passwd "$(id -un)" | grep -qv "/nologin$\\|/false$"';
+  const { success } = new Deno.Command("sh", { args: ["-c", script], stdout: "null", stderr: "null" }).outputSync();
+  if (!success) return Deno.uid() === 0 ? "needs /run/sshd, which cannot be made" : "needs a user with a login shell";
 }
 
 /** Starts an sshd on a free port of loopback. */
 export async function startSshd(): Promise<Sshd> {
   await using stack = new AsyncDisposableStack();
-  const folder = await Deno.makeTempDir({ dir: "/tmp" });
-  stack.defer(() => Deno.remove(folder, { recursive: true }));
+  const { folder } = stack.use(await tempFolder());
+  const user = (await run("sh", ["-c", "id -un"])).stdout.trim();
   const [hostKey, keyPath, otherKeyPath] = [`${folder}/host`, `${folder}/user`, `${folder}/other`];
   for (const path of [hostKey, keyPath, otherKeyPath]) {
     const { code, stderr } = await run("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f", path]);
     if (code !== 0) throw new Error(`ssh-keygen: ${stderr}`);
   }
-  const port = freePort();
+  const port = unusedPort();
   const [configPath, logPath] = [`${folder}/sshd_config`, `${folder}/sshd.log`];
   await Deno.writeTextFile(
     configPath,
@@ -59,7 +64,7 @@ export async function startSshd(): Promise<Sshd> {
       `HostKey ${hostKey}`,
       "PidFile none",
       `AuthorizedKeysFile ${keyPath}.pub`,
-      // The folder is under /tmp, which everybody may write.
+      // The folder is in one that everybody may write.
       "StrictModes no",
       "UsePAM no",
       "PasswordAuthentication no",
@@ -89,13 +94,14 @@ export async function startSshd(): Promise<Sshd> {
     }
     if (await isListening(SSHD_ADDRESSES.at(-1)!, port)) break;
   }
-  const user = "root";
   const options = [
     "StrictHostKeyChecking=no",
     "UserKnownHostsFile=/dev/null",
     "LogLevel=ERROR",
     "IdentitiesOnly=yes",
     "IdentityAgent=none",
+    // The cheapest: tests and benchmarks connect often.
+    "KexAlgorithms=curve25519-sha256",
   ];
   const held = stack.move();
   return {
@@ -110,11 +116,6 @@ export async function startSshd(): Promise<Sshd> {
   };
 }
 
-function freePort(): number {
-  using listener = Deno.listen({ hostname: SSHD_ADDRESSES[0], port: 0 });
-  return listener.addr.port;
-}
-
 async function isListening(hostname: string, port: number): Promise<boolean> {
   try {
     (await Deno.connect({ hostname, port })).close();
@@ -123,59 +124,4 @@ async function isListening(hostname: string, port: number): Promise<boolean> {
     if (error instanceof Deno.errors.ConnectionRefused) return false;
     throw error;
   }
-}
-
-/** A command line that {@linkcode startCli} started. Its disposal kills it. */
-export interface RunningCli extends AsyncDisposable {
-  readonly process: Deno.ChildProcess;
-  readonly stdout: AsyncGenerator<string>;
-  readonly stderr: AsyncGenerator<string>;
-  /** Its exit code, and the lines that nobody has read. */
-  end(): Promise<{ code: number; stdout: string[]; stderr: string[] }>;
-}
-
-/** Starts cli.ts in a process of its own, to be read line by line while it runs; ends it after half a minute. */
-export function startCli(args: readonly string[], options: Pick<RunOptions, "flags" | "env"> = {}): RunningCli {
-  const { flags = ["-P=cli"], env = {} } = options;
-  const ownEnv = Object.entries(Deno.env.toObject()).filter(([name]) => !name.startsWith("RINGRIFT_"));
-  const process = new Deno.Command("deno", {
-    args: ["run", "-q", "--no-prompt", "--config", `${ROOT}deno.json`, ...flags, `${ROOT}cli.ts`, ...args],
-    clearEnv: true,
-    env: { ...Object.fromEntries(ownEnv), ...env },
-    stdin: "null",
-    stdout: "piped",
-    stderr: "piped",
-  }).spawn();
-  const [stdout, stderr] = [linesOf(process.stdout), linesOf(process.stderr)];
-  let isEnded = false;
-  // It might ignore a milder signal: that is what is tested.
-  const guard = setTimeout(() => process.kill("SIGKILL"), 30_000);
-  const ended = process.status.finally(() => {
-    isEnded = true;
-    clearTimeout(guard);
-  });
-  const end = async () => {
-    const [{ code }, out, err] = await Promise.all([ended, Array.fromAsync(stdout), Array.fromAsync(stderr)]);
-    return { code, stdout: out, stderr: err };
-  };
-  return {
-    process,
-    stdout,
-    stderr,
-    end,
-    async [Symbol.asyncDispose]() {
-      if (!isEnded) process.kill("SIGKILL");
-      await end();
-    },
-  };
-}
-
-async function* linesOf(stream: ReadableStream<Uint8Array<ArrayBuffer>>): AsyncGenerator<string> {
-  let last = "";
-  for await (const text of stream.pipeThrough(new TextDecoderStream())) {
-    const lines = (last + text).split("\n");
-    last = lines.pop()!;
-    yield* lines;
-  }
-  if (last !== "") yield last;
 }
