@@ -37,9 +37,9 @@ export const DEFAULTS = {
 
 /** The next endpoint of a node is tried if the one before has not answered by then, as in RFC 8305. */
 const FALLBACK_DELAY_MS = 250;
-/** A sweep starts with so many nodes under way, and has at most so many new ones in each interval. */
+/** A sweep starts with so many nodes under way, and may have at most so many more after each interval. */
 const INITIAL_CONCURRENCY = 64;
-const MAX_STARTS = 1000;
+const MAX_GROWTH = 1000;
 const RAMP_INTERVAL_MS = 10;
 /** More lookups than this would fill Deno's pool of blocking threads, on which file reads wait too. */
 const MAX_LOOKUPS = 16;
@@ -420,11 +420,11 @@ export class ClusterNode {
 
 /** What a {@linkcode ClusterNode} is made of: its name, and any of its other fields. */
 export type ClusterNodeFields =
-  & { readonly name: string }
+  & Pick<ClusterNode, "name">
   & {
-    readonly [
-      K in Exclude<keyof ClusterNode, "name" | "bestIp" | "addresses" | "dataServerBaseUrl" | "isActive">
-    ]?: ClusterNode[K] | undefined;
+    readonly [K in keyof Omit<ClusterNode, "name" | "bestIp" | "addresses" | "dataServerBaseUrl" | "isActive">]?:
+      | ClusterNode[K]
+      | undefined;
   };
 
 /** How the Elo ratings database is synchronised. */
@@ -1641,7 +1641,7 @@ export async function readChunks(reader: ResponseReader): Promise<Bytes> {
     total += size;
     if (total > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
     if (size === 0) return new Uint8Array(await new Blob(chunks).arrayBuffer());
-    chunks.push((await reader.take(size)).slice());
+    chunks.push(await reader.take(size));
     if (await reader.line(2, noSize) !== "") throw noSize();
   }
 }
@@ -1687,7 +1687,6 @@ class ProbePool {
   /** How many nodes may be under way now, and at most. */
   #limit: number;
   #maxLimit: number;
-  #startsLeft = MAX_STARTS;
   #endedLately = 0;
   #isRamping = false;
 
@@ -1750,9 +1749,7 @@ class ProbePool {
   }
 
   #pump(): void {
-    const starts = Math.min(this.#startsLeft, this.#limit - this.#running.size, this.#queue.length - this.#next);
-    for (let left = this.isOver ? 0 : starts; left > 0; left--) {
-      this.#startsLeft--;
+    while (!this.isOver && this.#next < this.#queue.length && this.#running.size < this.#limit) {
       this.#probe(this.#queue[this.#next++]!).catch(this.#done.reject);
     }
     // What was started is forgotten, or a watch would fill the queue without end.
@@ -1764,10 +1761,9 @@ class ProbePool {
 
   #ramp(): void {
     this.#isRamping = false;
-    this.#startsLeft = MAX_STARTS;
     // If as many have ended as may be under way, more of them at once would only be slower.
     const isSlow = this.#endedLately < this.#limit;
-    if (isSlow) this.#limit = Math.min(this.#maxLimit, this.#limit + Math.min(this.#limit, MAX_STARTS));
+    if (isSlow) this.#limit = Math.min(this.#maxLimit, this.#limit + Math.min(this.#limit, MAX_GROWTH));
     this.#endedLately = 0;
   }
 
@@ -2109,10 +2105,15 @@ function sshOptionFault(option: string): string | undefined {
   if (CONTROL_TEXT.test(value)) return `ssh option ${key}: holds a control character`;
   // These name hosts and users to a process; a command is what ProxyCommand is for.
   const words = /^(ProxyJump|HostName|User|IdentityFile)$/i.test(key) ? value.replace(/[[\]]/g, "").split(",") : [];
+  const fault = faultOf(() => words.forEach((word) => parseWord(word, "hosts and users")));
+  return fault && `ssh option ${key}: ${fault}`;
+}
+
+function faultOf(run: () => unknown): string | undefined {
   try {
-    for (const word of words) parseWord(word, "hosts and users");
+    run();
   } catch (error) {
-    return `ssh option ${key}: ${invalidText(error)}`;
+    return errorText(error);
   }
 }
 
@@ -2217,7 +2218,13 @@ export async function runOnNodes(
   requireCount("concurrency", concurrency, 1);
   requireDuration("timeoutMs", timeoutMs);
   signal?.throwIfAborted();
-  const runs = planRuns(nodes, command, options);
+  const runs = Array.from(nodes, (node) => ({ node, words: typeof command === "function" ? command(node) : command }));
+  // What is unsafe in one argument list stops the whole run, before the first ssh starts.
+  const problems = new Set(
+    runs.map(({ node, words }) => node.bestIp && faultOf(() => sshCommand(node, words, options))),
+  );
+  problems.delete(undefined);
+  if (problems.size > 0) throw new TypeError([...problems].join("\n"));
   requirePermission({ name: "run", command: "ssh" }, "--allow-run=ssh", "run access to ssh (on the PATH)");
   // A fault of this side ends them all: there is no ssh, or nobody is left to take the output.
   const fault = new AbortController();
@@ -2236,22 +2243,6 @@ export async function runOnNodes(
   await Promise.all(Array.from(atOnce, () => runNext().catch((error) => fault.abort(error))));
   ended.throwIfAborted();
   return results;
-}
-
-/** Builds all argument lists before the first ssh starts: what is unsafe in one of them stops the whole run. */
-function planRuns(nodes: Iterable<ClusterNode>, command: Parameters<typeof runOnNodes>[1], options: SshOptions) {
-  const problems = new Set<string>();
-  const runs = Array.from(nodes, (node) => {
-    const words = typeof command === "function" ? command(node) : command;
-    try {
-      if (node.bestIp !== undefined) sshCommand(node, words, options);
-    } catch (error) {
-      problems.add(errorText(error));
-    }
-    return { node, words };
-  });
-  if (problems.size > 0) throw new TypeError([...problems].join("\n"));
-  return runs;
 }
 
 type SshOutput = Omit<CommandResult, "node" | "durationMs" | "failure">;
