@@ -459,15 +459,8 @@ export interface HostsConfig {
   readonly [section: string]: unknown;
 }
 
-/** The text of an inventory, and its origin. */
-export interface HostsConfigText {
-  /** The YAML; empty if there is no file. */
-  readonly text: string;
-  /** The path or the URL. */
-  readonly origin: string;
-  /** Whether the file is there: only the default one may be missing. */
-  readonly exists: boolean;
-}
+/** The text of an inventory, and the path or the URL that it is from; empty if the default file, which may, is missing. */
+export type HostsConfigText = { readonly text: string; readonly origin: string; readonly exists: boolean };
 
 /** Options of {@linkcode loadHostsConfig} and {@linkcode readHostsConfig}. */
 export interface LoadOptions {
@@ -1106,17 +1099,13 @@ function foldNumbers(numbers: readonly string[]): string {
 
 // --- Endpoints ---
 
-/** One place that a node may be reached at. */
-export interface Endpoint {
-  /** What is spoken there. */
+/** One place that a node may be reached at: a host without brackets, and the path below which the server's own begin. */
+export type Endpoint = {
   readonly protocol: "http" | "https" | "ssh";
-  /** A name or an address, without brackets. */
   readonly host: string;
-  /** The port. */
   readonly port: number;
-  /** The path below which the server's own begin: `/data`, or empty. */
   readonly path: string;
-}
+};
 
 /** The endpoints of a node's data server: each address at `port`; without one `dataServerUrl`, else `dataServerPort`. */
 export function dataEndpoints(node: ClusterNode, port?: number): Endpoint[] {
@@ -1223,13 +1212,8 @@ export type FailureCode =
   | "local-resource"
   | "other";
 
-/** Why a node is not up. */
-export interface ProbeFailure {
-  /** The reason, for programs. */
-  readonly code: FailureCode;
-  /** More than the code, for people. It may hold text from the node: escape it before a terminal sees it. */
-  readonly message: string;
-}
+/** Why a node is not up, for programs, and for people; escape the message, which may hold text from the node. */
+export type ProbeFailure = { readonly code: FailureCode; readonly message: string };
 
 /** The outcome of one check of one node. */
 export interface NodeProbe {
@@ -2183,24 +2167,20 @@ export interface RunOptions extends Omit<SshOptions, "endpoint"> {
 export type CommandFailureCode = "connect" | "lost" | "timeout" | "exit" | "signal" | "no-address" | "local";
 
 /** The outcome of a command on one node. */
-export interface CommandResult {
-  /** The node. */
+export type CommandResult = {
   readonly node: ClusterNode;
-  /** The exit code; `null` if there was none. */
+  /** `null` if there was none; `signal` then is the one that ended ssh. */
   readonly exitCode: number | null;
-  /** The signal that ended ssh. */
   readonly signal: string | null;
-  /** The first 1 MiB of text that the command wrote. */
+  /** The first 1 MiB of text of each stream, what ssh itself says included; `truncated` if there was more. */
   readonly stdout: string;
-  /** The first 1 MiB of text that the command and ssh wrote there. */
   readonly stderr: string;
-  /** Whether one of them is not whole. */
   readonly truncated: boolean;
-  /** Milliseconds from the start to the end. */
+  /** Milliseconds. */
   readonly durationMs: number;
-  /** Why it failed; `undefined` if it returned 0. */
+  /** `undefined` if it returned 0. */
   readonly failure: { readonly code: CommandFailureCode; readonly message: string } | undefined;
-}
+};
 
 /**
  * Runs a command on many nodes over ssh, and gives one result for each, in their order. A node with several SSH
