@@ -473,7 +473,6 @@ function emptySelection({ flags, words, inventory: { nodes, origin } }: Call): s
   return `${head}: none of ${left.length} is active${choices(left, "status")}; --all adds them`;
 }
 
-/** `; gpu is one of H100, A100` */
 function choices(nodes: readonly ClusterNode[], key: string): string {
   const texts = [...new Set(nodes.flatMap(({ entry }) => entry[key] ?? []).map(String))].filter((text) => text !== "");
   if (texts.length === 0) return key === "exclude" ? "" : `; no node sets ${key}`;
@@ -796,13 +795,14 @@ function nodeRow(node: ClusterNode): Cell[] {
 
 /** The fields, null if they are unset, and behind them the user's own keys as written. */
 function nodeJson(node: ClusterNode): Record<string, unknown> {
-  const { entry, ...fields } = node;
-  const { bestIp = null, addresses, dataServerBaseUrl = null, isActive } = node;
-  const known = Object.fromEntries(Object.entries(fields).map(([key, value]) => [key, value ?? null]));
-  const json = { ...known, bestIp, addresses, dataServerBaseUrl, isActive };
-  const fieldOf = (key: string) => key.replace(/_(\w)/g, (_, letter: string) => letter.toUpperCase());
-  return { ...json, ...Object.fromEntries(Object.entries(entry).filter(([key]) => !(fieldOf(key) in json))) };
+  const { bestIp, addresses, dataServerBaseUrl, isActive, entry } = node;
+  const json: Record<string, unknown> = { ...node, entry: null, bestIp, addresses, dataServerBaseUrl, isActive };
+  for (const key in json) json[key] ??= null;
+  const own = Object.keys(entry).filter((key) => !FIELD_KEYS.includes(key) && !Object.hasOwn(json, key));
+  return { ...json, ...Object.fromEntries(own.map((key) => [key, entry[key]])), entry: undefined };
 }
+
+const FIELD_KEYS = Object.keys(new ClusterNode({ name: "any" })).map((it) => it.replace(/[A-Z]/g, "_$&").toLowerCase());
 
 const COORDINATOR: Command = {
   name: "coordinator",

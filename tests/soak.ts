@@ -55,7 +55,7 @@ async function soak(): Promise<number> {
     new ClusterNode({
       name: `node-${index}`,
       tailscaleIp: "127.0.0.1",
-      dataServerPort: ports[index % ports.length],
+      dataServerPort: ports[index % ports.length]!,
     }));
 
   let tenth: Usage | undefined;

@@ -177,7 +177,8 @@ sshdTest("ssh shows all of a long output, and keeps 1 MiB of it for --json and -
   const size = 3_000_000;
   const flood = `head -c ${size} /dev/zero | tr '\\0' x | fold -w 1000; echo; echo end`;
   const live = await ssh({ a: sshd.host }, [...sshd.flags, "a", "--", flood]);
-  assertEquals(live.stdout, `a: ${"x".repeat(1000)}\n`.repeat(size / 1000) + "a: end\n");
+  // Not compared by assertEquals(): its difference would be 6 MB long.
+  assert(live.stdout === `a: ${"x".repeat(1000)}\n`.repeat(size / 1000) + "a: end\n");
   assertEquals([live.code, live.stderr], [0, "cluster-hosts: 1 of 1 returned 0, FILE\n"]);
 
   const { code, nodes: [node] } = await sshJson({ a: sshd.host }, [...sshd.flags, "a", "--", flood]);
