@@ -1,8 +1,8 @@
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "jsr:@std/assert@^1.0.19";
 import { main } from "../cli.ts";
-import { type Behaviour, ROOT, run, runCli, startNode, writeInventory } from "./loopback_cluster.ts";
+import { type Behaviour, startNode } from "./loopback_cluster.ts";
 import { type MainOptions, type MainResult, runMain } from "./run_main.ts";
-import { startCli } from "./sshd.ts";
+import { ROOT, runCli, startCli, writeInventory } from "./process.ts";
 
 const DEMO = `${ROOT}config/demo_hosts.yaml`;
 const COMMANDS = ["status", "nodes", "coordinator", "urls", "ssh", "wait", "validate", "export", "permissions"];
@@ -655,47 +655,4 @@ Deno.test("main() reaches a node by its name, whatever of its addresses is permi
     assertEquals([result.code, result.stderr], [0, ""], net);
     assertMatch(result.stdout, new RegExp(`^gpu-1 .* localhost:${node.port} .* up `, "m"));
   }
-});
-
-const hasOpenssl = (await run("sh", ["-c", "command -v openssl"])).code === 0;
-
-Deno.test({
-  name: `main() asks an https data_server_url${hasOpenssl ? "" : " (ignored: needs openssl)"}`,
-  ignore: !hasOpenssl,
-  async fn() {
-    const folder = await Deno.makeTempDir({ dir: "/tmp" });
-    const [keyPath, certPath] = [`${folder}/key.pem`, `${folder}/cert.pem`];
-    const { code, stderr } = await run("sh", [
-      "-c",
-      "exec openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost " +
-      "-addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE " +
-      `-keyout ${keyPath} -out ${certPath}`,
-    ]);
-    assertEquals(code, 0, stderr);
-    const [key, cert] = [await Deno.readTextFile(keyPath), await Deno.readTextFile(certPath)];
-    await using server = Deno.serve(
-      { hostname: "127.0.0.1", port: 0, key, cert, onListen() {} },
-      ({ url }) =>
-        new URL(url).pathname === "/data/status"
-          ? Response.json({ version: "tls" })
-          : new Response("", { status: 404 }),
-    );
-    await using plain = await startNode("ok");
-    await using inventory = await writeInventory({
-      secure: { data_server_url: `https://localhost:${server.addr.port}/data/` },
-      plain: { data_server_url: `https://localhost:${plain.port}` },
-    });
-    const args = ["status", "--json", "--config", inventory.path];
-    const states = async (env: Record<string, string>) =>
-      JSON.parse((await runCli(args, { env })).stdout).nodes.map(
-        ({ state, status, failure }: Record<string, Record<string, string>>) => [
-          state,
-          status?.version ?? failure?.code,
-        ],
-      );
-    assertEquals(await states({ DENO_CERT: certPath }), [["up", "tls"], ["unhealthy", "bad-response"]]);
-    // A certificate that nobody vouches for.
-    assertEquals(await states({}), [["unhealthy", "bad-response"], ["unhealthy", "bad-response"]]);
-    await Deno.remove(folder, { recursive: true });
-  },
 });

@@ -10,9 +10,6 @@ import { DatabaseSync } from "node:sqlite";
 import { gzipSync } from "node:zlib";
 import { tempFolder } from "./process.ts";
 
-// Their old place.
-export { type InventoryFile, ROOT, run, runCli, type RunOptions, type RunResult, writeInventory } from "./process.ts";
-
 /** A server that {@linkcode startNode} started. Its disposal ends all that it holds. */
 export interface LoopbackNode extends AsyncDisposable {
   readonly hostname: string;

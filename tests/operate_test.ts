@@ -1,15 +1,8 @@
 // deno-lint-ignore-file no-control-regex
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "jsr:@std/assert@^1.0.19";
-import {
-  type InventoryFile,
-  ROOT,
-  run,
-  runCli,
-  type RunOptions,
-  startNode,
-  writeInventory,
-} from "./loopback_cluster.ts";
+import { startNode } from "./loopback_cluster.ts";
 import { type MainOptions, runMain, startMain } from "./run_main.ts";
+import { type InventoryFile, ROOT, run, runCli, type RunOptions, writeInventory } from "./process.ts";
 
 type Hosts = Record<string, Record<string, unknown>>;
 

@@ -1,8 +1,8 @@
 // deno-lint-ignore-file no-control-regex
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "jsr:@std/assert@^1.0.19";
 import { delay } from "jsr:@std/async@^1.5.0/delay";
-import { ROOT, run, runCli, type RunOptions, startNode, writeInventory } from "./loopback_cluster.ts";
-import { startCli } from "./sshd.ts";
+import { startNode } from "./loopback_cluster.ts";
+import { ROOT, run, runCli, type RunOptions, startCli, writeInventory } from "./process.ts";
 
 const CLI = `deno run -q --no-prompt --config ${ROOT}deno.json -P=cli ${ROOT}cli.ts`;
 

@@ -12,11 +12,10 @@ import {
   testUnless,
   writeInventory,
 } from "./process.ts";
-import { type Sshd, SSHD_ADDRESSES, sshdMissing, startSshd } from "./sshd.ts";
+import { type Sshd, SSHD_ADDRESSES, sshdMissing, sshdTest, startSshd } from "./sshd.ts";
 import { alive, FAKES, fakeSsh } from "./ssh_process.ts";
 
 const MIB = 1024 * 1024;
-const NO_SSHD = sshdMissing();
 
 /** What the command line may take to start and to end, beside the deadlines that it promises. */
 const PROCESS_MS = 1500;
@@ -25,13 +24,6 @@ const PROCESS_MS = 1500;
 const WHERE = "set -- $SSH_CONNECTION; echo $3";
 
 type Hosts = Record<string, Record<string, unknown>>;
-
-function sshdTest(name: string, test: (sshd: Sshd) => Promise<void>): void {
-  testUnless(NO_SSHD, name, async () => {
-    await using sshd = await startSshd();
-    await test(sshd);
-  });
-}
 
 async function ssh(hosts: Hosts, args: readonly string[], options: RunOptions = {}) {
   await using inventory = await writeInventory(hosts);
@@ -374,10 +366,14 @@ async function onTerminal(inventory: InventoryFile, args: readonly string[], key
   return stdout.replaceAll("\r", "");
 }
 
-testUnless(NO_SSHD ?? programMissing("script"), "ssh without a command logs in, with ssh's own terminal", async () => {
-  await using sshd = await startSshd();
-  await using inventory = await writeInventory({ a: sshd.host });
-  const shown = await onTerminal(inventory, ["a", ...sshd.flags], "tty; echo $((6 * 7)); exit 3\n");
-  assertMatch(shown, /\/dev\/pts\/\d+/);
-  assertMatch(shown, /^42$/m);
-});
+testUnless(
+  sshdMissing() ?? programMissing("script"),
+  "ssh without a command logs in, with ssh's own terminal",
+  async () => {
+    await using sshd = await startSshd();
+    await using inventory = await writeInventory({ a: sshd.host });
+    const shown = await onTerminal(inventory, ["a", ...sshd.flags], "tty; echo $((6 * 7)); exit 3\n");
+    assertMatch(shown, /\/dev\/pts\/\d+/);
+    assertMatch(shown, /^42$/m);
+  },
+);

@@ -18,22 +18,14 @@ import {
   sshCommand,
 } from "../mod.ts";
 import { type Behaviour, type Conversation, type LoopbackNode, send, startNode } from "./loopback_cluster.ts";
-import { run, testUnless } from "./process.ts";
-import { type Sshd, SSHD_ADDRESSES, sshdMissing, startSshd } from "./sshd.ts";
+import { run } from "./process.ts";
+import { type Sshd, SSHD_ADDRESSES, sshdTest } from "./sshd.ts";
 import { alive, FAKES, fakeSsh, runElsewhere } from "./ssh_process.ts";
 
 const MIB = 1024 * 1024;
-const NO_SSHD = sshdMissing();
 
 /** What may be added to a deadline that is promised: the start and the end of processes. */
 const SLACK_MS = 1500;
-
-function sshdTest(name: string, test: (sshd: Sshd) => Promise<void>): void {
-  testUnless(NO_SSHD, name, async () => {
-    await using sshd = await startSshd();
-    await test(sshd);
-  });
-}
 
 function node(fields: Partial<ClusterNodeFields> = {}): ClusterNode {
   return new ClusterNode({ name: "gpu-1", ...fields });

@@ -5,10 +5,7 @@
  */
 import { delay } from "jsr:@std/async@^1.5.0/delay";
 import { unusedPort } from "./loopback_cluster.ts";
-import { programMissing, run, tempFolder } from "./process.ts";
-
-// Their old place.
-export { type RunningCli, startCli } from "./process.ts";
+import { programMissing, run, tempFolder, testUnless } from "./process.ts";
 
 const SSHD = "/usr/sbin/sshd";
 
@@ -124,4 +121,12 @@ async function isListening(hostname: string, port: number): Promise<boolean> {
     if (error instanceof Deno.errors.ConnectionRefused) return false;
     throw error;
   }
+}
+
+/** Registers a test that has an sshd of its own; ignored, aloud, if none can be started. */
+export function sshdTest(name: string, test: (sshd: Sshd) => Promise<void>): void {
+  testUnless(sshdMissing(), name, async () => {
+    await using sshd = await startSshd();
+    await test(sshd);
+  });
 }

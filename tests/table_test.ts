@@ -1,7 +1,8 @@
 // deno-lint-ignore-file no-control-regex
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "jsr:@std/assert@^1.0.19";
-import { send, startNode, writeInventory } from "./loopback_cluster.ts";
+import { send, startNode } from "./loopback_cluster.ts";
 import { type MainOptions, type MainResult, runMain, startMain } from "./run_main.ts";
+import { writeInventory } from "./process.ts";
 
 /** Nodes whose names are as wide as they look: 漢字 is four columns, 🚀 two, é one. */
 const WIDTHS: Readonly<Record<string, number>> = { "漢字-1": 6, "🚀gpu-2": 7, "cafe\u0301": 4, "👩‍💻": 2, plain: 5 };
