@@ -15,9 +15,9 @@ import {
   type Endpoint, endpointUrl, findSshEndpoint, foldNames, formatConfigProblem, getClusterNodes, getCoordinatorAddress,
   getCoordinatorNode, getDataSyncUrls, getEloSyncConfig, getSyncUrls, hostPort, type HostsConfig, HostsConfigError,
   type HostsConfigText, missingNetFlag, MODEL_SYNC_PORT, netFlag, type NodeProbe, type NodeSelection, type NodeState,
-  parseHostsConfig, probeNodes, readHostsConfig, readsUnifiedConfig, readVariable, runOnNodes, selectNodes,
-  sshCommand, sshEndpoints, type SshOptions, statusPath, type SweepOptions, unsupportedDeno, validateHostsConfig,
-  waitForNodes, watchNodes,
+  parseHostsConfig, probeNodes, racedSshEndpoints, readHostsConfig, readsUnifiedConfig, readVariable, runOnNodes,
+  selectNodes, spawnSsh, sshCommand, sshEndpoints, type SshOptions, statusPath, type SweepOptions, unsupportedDeno,
+  validateHostsConfig, waitForNodes, watchNodes,
 } from "./mod.ts";
 
 /** What {@linkcode main} reads and writes: by default this process's own streams; a test gives one that records. */
@@ -91,7 +91,7 @@ interface Call {
   /** Which of the command's kinds is asked for. */
   readonly kind: string;
   readonly words: readonly string[];
-  /** What stands behind "--". */
+  /** What follows "--". */
   readonly remote: readonly string[] | undefined;
   readonly inventory: Inventory;
 }
@@ -100,7 +100,7 @@ interface Command {
   readonly name: string;
   readonly summary: string;
   readonly usage: string;
-  /** The words of which one stands before the NODEs. */
+  /** The words of which one precedes the NODEs. */
   readonly kinds?: readonly string[];
   readonly options: readonly OptionName[];
   /** Help on an option that means something of its own here. */
@@ -313,7 +313,7 @@ const OPTIONS = {
   strict: { help: "a warning is an error (default: it is not)" },
   list: { help: "taken from Ansible; changes nothing" },
   json: { help: "JSON (default: text)" },
-  quiet: { short: "q", help: "no progress, no summary (default: both)" },
+  quiet: { short: "q", help: "only JSON and failures (default: progress, summary)" },
   help: { short: "h", help: "this text" },
   version: { short: "V", help: "the version" },
 } satisfies Record<string, Option>;
@@ -353,10 +353,10 @@ function takeOption(flags: Record<string, unknown>, name: OptionName, inline: st
   const { value, expected, parse }: Option = OPTIONS[name];
   if (!parse) {
     flags[name] = true;
-    if (inline !== undefined) return [`--${name} takes no value: write --${name}, or leave it out`];
     // 0.1 took the interval there.
-    const isInterval = name === "watch" && /^\d+(\.\d+)?$/.test(queue[0] ?? "");
-    return isInterval ? [`--watch takes no value: write --watch --interval ${queue.shift()}`] : [];
+    const isInterval = name === "watch" && /^\d+(\.\d+)?$/.test(inline ?? queue[0] ?? "");
+    if (isInterval) return [`--watch takes no value: write --watch --interval ${inline ?? queue.shift()}`];
+    return inline === undefined ? [] : [`--${name} takes no value: write --${name}, or leave it out`];
   }
   // What begins with "-" is the next option, unless it is "-" or a negative number, of which the answer says more.
   const text = inline ?? (/^-\D/.test(queue[0] ?? "-?") ? "" : queue.shift()!);
@@ -414,7 +414,9 @@ interface Inventory extends HostsConfigText {
 async function readInventory(call: Pick<Call, "flags" | "io" | "signal">): Promise<HostsConfigText> {
   const { flags: { config, timeout: timeoutMs }, signal } = call;
   if (config !== "-") return await readHostsConfig(config, { timeoutMs, signal });
-  return { text: new TextDecoder().decode(await readStdin(call)), origin: "stdin", exists: true };
+  const text = new TextDecoder().decode(await readStdin(call));
+  if (text.includes("\ufffd")) throw new HostsConfigError("stdin", [{ path: "", message: "is not UTF-8" }]);
+  return { text, origin: "stdin", exists: true };
 }
 
 /** Reading stdin has no signal of its own, and must not keep Ctrl-C waiting. */
@@ -527,8 +529,8 @@ const STATUS: Command = {
 
 /** The nodes to check. Without an inventory, the one address that the environment names. */
 async function statusNodes(call: Call): Promise<ClusterNode[]> {
-  const { inventory: { nodes, config } } = call;
-  if (nodes.length > 0) return select(call);
+  const { inventory: { nodes, config }, words } = call;
+  if (nodes.length > 0 || words.length > 0) return select(call);
   const address = await getCoordinatorAddress(config);
   if (!address) throw new Error(emptyInventory(call) + hint("RINGRIFT_COORDINATOR_IP", ", or set"));
   const { coordinator: name } = await getEloSyncConfig(config);
@@ -903,11 +905,9 @@ const SSH: Command = {
   notes: "It wants a NODE or --role, --gpu, --status, --where; '*' is every active node.\nWithout a command: a login " +
     "on one NODE. Exit code 0: the command returned 0 on\nevery node; 1: it did not.",
   examples: ["cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L", "cluster-hosts ssh gpu-1 --stdin -- sh < setup.sh"],
-  // Several endpoints are raced before ssh starts, unless an option leads elsewhere.
-  needs(call) {
-    const isElsewhere = /^(ProxyJump|ProxyCommand|HostName|Port)=/im.test(call.flags["ssh-option"]?.join("\n") ?? "");
-    const raced = isElsewhere ? [] : select(call).map(sshEndpoints).filter(({ length }) => length > 1);
-    return Promise.resolve({ run: ["ssh"], net: raced.flat() });
+  needs: (call) => {
+    const net = select(call).flatMap((node) => racedSshEndpoints(node, sshOptions(call)));
+    return Promise.resolve({ run: ["ssh"], net });
   },
   async run(call) {
     const { flags, remote, io, signal, inventory: { origin } } = call;
@@ -937,7 +937,7 @@ const SSH: Command = {
   },
 };
 
-const SSH_USAGE = 'a command stands behind "--": cluster-hosts ssh gpu-1 -- uptime';
+const SSH_USAGE = 'a command follows "--": cluster-hosts ssh gpu-1 -- uptime';
 
 /** A shell without a script: without stdin it ends at once, and says that all is well. */
 const BARE_SHELL = /^\s*(sudo\s+)?(\S*\/)?(ba|da|k|z)?sh(\s+(--\S+|-[abd-z]+))*(\s+-[abd-z]*s.*)?\s*$/s;
@@ -946,7 +946,7 @@ function sshOptions({ flags }: Call): SshOptions {
   return { user: flags.user, connectTimeoutMs: flags["connect-timeout"], options: flags["ssh-option"] };
 }
 
-/** The nodes to run on, after all that speaks against running. */
+/** The nodes to run on, after every refusal. */
 function sshNodes(call: Call): ClusterNode[] {
   const { words, remote, flags: { role, gpu, status, where, stdin } } = call;
   const command = remote?.join(" ").trim();
@@ -989,8 +989,8 @@ async function login(call: Call, nodes: readonly ClusterNode[]): Promise<number>
   if (extra) throw new Error(`--${extra} goes with a command; ${SSH_USAGE}`);
   const options = { ...sshOptions(call), options: ["BatchMode=no", ...flags["ssh-option"] ?? []] };
   const endpoint = await findSshEndpoint(node, { ...options, signal });
-  const [program, ...args] = sshCommand(node, [], { ...options, endpoint });
-  const child = new Deno.Command(program, { args, stdin: "inherit", stdout: "inherit", stderr: "inherit" }).spawn();
+  const streams = { stdin: "inherit", stdout: "inherit", stderr: "inherit" } as const;
+  const child = spawnSsh(sshCommand(node, [], { ...options, endpoint }), streams);
   const onAbort = () => child.kill(messageOf(signal.reason) as Deno.Signal);
   signal.addEventListener("abort", onAbort);
   const { code } = await child.status;
@@ -1248,7 +1248,7 @@ const COMMANDS: readonly Command[] = [STATUS, NODES, COORDINATOR, URLS, SSH, WAI
 type Cell = string | readonly [text: string, colour: number];
 
 /** The columns that can be cut, and to what width. One that is cut still counts as readable at 30. */
-const CUTTABLE: Readonly<Record<string, number>> = { NAME: 10, REASON: 16, NAMES: 10 };
+const CUTTABLE: Readonly<Record<string, number>> = { NAME: 10, STATUS: 9, REASON: 12, NAMES: 8 };
 const READABLE_WIDTH = 30;
 
 const RIGHT_ALIGNED = ["SINCE", "LATENCY", "GAMES", "MEMORY", "CPUS", "NODES"];

@@ -37,7 +37,7 @@ export const DEFAULTS = {
 
 /** The next endpoint of a node is tried if the one before has not answered by then, as in RFC 8305. */
 const FALLBACK_DELAY_MS = 250;
-/** A sweep starts with so many nodes under way, and may have at most so many more after each interval. */
+/** How many nodes a sweep starts with, and how many more it may have under way after each interval. */
 const INITIAL_CONCURRENCY = 64;
 const MAX_GROWTH = 1000;
 const RAMP_INTERVAL_MS = 10;
@@ -298,13 +298,17 @@ function parseUser(value: unknown): string {
 function parsePort(value: unknown): number {
   const port = typeof value === "string" && /^\d{1,5}$/.test(value) ? Number(value) : value;
   if (typeof port === "number" && Number.isInteger(port) && port >= 1 && port <= 65535) return port;
-  return invalid(`expected an integer from 1 to 65535, got ${typeName(value)}`);
+  return invalid(`expected an integer from 1 to 65535, got ${otherThan(value)}`);
 }
 
 function parseAmount(value: unknown): number {
   const amount = typeof value === "string" ? Number(value) : value;
   if (typeof amount === "number" && Number.isFinite(amount) && amount >= 0) return amount;
-  return invalid(`expected a number, 0 or more, got ${typeName(value)}`);
+  return invalid(`expected a number, 0 or more, got ${otherThan(value)}`);
+}
+
+function otherThan(value: unknown): string {
+  return typeof value === "number" ? "another number" : typeName(value);
 }
 
 function parseInterval(value: unknown): number {
@@ -336,7 +340,7 @@ function isMapping(value: unknown): value is Record<string, unknown> {
 function typeName(value: unknown): string {
   if (value === null || value === undefined) return "nothing";
   if (Array.isArray(value)) return "a list";
-  return typeof value === "object" ? "a mapping" : `${typeof value === "boolean" ? "a" : "another"} ${typeof value}`;
+  return typeof value === "object" ? "a mapping" : `a ${typeof value}`;
 }
 
 // --- ClusterNode, EloSyncConfig ---
@@ -490,8 +494,8 @@ async function readText(source: string | URL | undefined, variable: string | und
 }
 
 async function readFile(origin: string): Promise<Uint8Array> {
-  const path = /^file:/i.test(origin) ? new URL(origin) : origin;
-  requirePermission({ name: "read", path }, `--allow-read=${origin}`);
+  const path = /^file:/i.test(origin) ? decodeURIComponent(new URL(origin).pathname) : origin;
+  requirePermission({ name: "read", path }, `--allow-read=${path}`);
   try {
     return await Deno.readFile(path);
   } catch (error) {
@@ -503,6 +507,7 @@ async function readFile(origin: string): Promise<Uint8Array> {
 
 async function fetchConfig(url: string, options: LoadOptions): Promise<Uint8Array> {
   const { timeoutMs = DEFAULTS.timeoutMs, signal } = options;
+  requireDuration("timeoutMs", timeoutMs);
   if (!URL.canParse(url)) invalid("is not a URL");
   const { hostname, port, protocol } = new URL(url);
   requireNet(withoutBrackets(hostname), Number(port) || DEFAULT_PORTS[protocol]!);
@@ -594,7 +599,7 @@ function parseConfigText(text: string, origin: string): ParsedConfig {
   return parsed;
 }
 
-/** What `parse` makes of a text; throws all the problems that it finds, be they collected or thrown. */
+/** What `parse` makes of a text; throws all the problems that it finds, collected or thrown. */
 function withoutProblems<T>(origin: string, text: string, parse: (problems: ConfigProblem[]) => T): T {
   const problems: ConfigProblem[] = [];
   try {
@@ -742,7 +747,7 @@ function nodeOf(name: string, entry: HostEntry, defaults: NodeDefaults): Cluster
   return new ClusterNode(fields as unknown as ClusterNodeFields);
 }
 
-/** Adds the lines, and sorts by them. What stands in flow style has the line of the key that it stands behind. */
+/** Adds the lines, and sorts by them. What is in flow style gets the line of its parent. */
 function locate(problems: readonly ConfigProblem[], text: string): ConfigProblem[] {
   if (problems.length === 0) return [];
   const places = findKeys(text);
@@ -752,7 +757,7 @@ function locate(problems: readonly ConfigProblem[], text: string): ConfigProblem
   return located.sort((a, b) => (a.line ?? 0) - (b.line ?? 0));
 }
 
-/** Where each key stands that is written in block style, as people write inventories, and each of a one-line mapping. */
+/** The place of each key that is written in block style, as people write inventories. */
 function findKeys(text: string): Map<string, { line: number; column: number }> {
   const places = new Map<string, { line: number; column: number }>();
   const parents: { indent: number; path: string }[] = [];
@@ -764,11 +769,7 @@ function findKeys(text: string): Map<string, { line: number; column: number }> {
     while (parents.length > 0 && parents.at(-1)!.indent >= indent) parents.pop();
     const path = parents.length > 0 ? `${parents.at(-1)!.path}.${name}` : name;
     parents.push({ indent, path });
-    const flow = /:\s+(?:[&!]\S+\s+)*\{(.*)/.exec(source)?.[1] ?? "";
-    const fields = Array.from(flow.matchAll(/(?:^|,)\s*["']?([\w.-]+)["']?\s*:/g), ([, field]) => `${path}.${field}`);
-    for (const each of [path, ...fields]) {
-      if (!places.has(each)) places.set(each, { line: index + 1, column: indent + 1 });
-    }
+    if (!places.has(path)) places.set(path, { line: index + 1, column: indent + 1 });
   }
   return places;
 }
@@ -791,7 +792,9 @@ function* findWarnings({ config, nodes, eloSync }: ParsedConfig): Generator<Conf
   if (Object.keys(config.elo_sync ?? {}).length === 0) return;
   const coordinator = nodes.get(eloSync.coordinator);
   const path = "elo_sync.coordinator";
-  if (!coordinator) yield { path, message: "names a node that is not in hosts" };
+  const isDefault = isUnset(config.elo_sync?.coordinator);
+  const what = isDefault ? `is not set, and the default, ${JSON.stringify(eloSync.coordinator)},` : "names a node that";
+  if (!coordinator) yield { path, message: `${what} is not in hosts` };
   else if (!coordinator.isActive) yield { path, message: "names a node that is not active" };
 }
 
@@ -863,7 +866,8 @@ async function unifiedPort(): Promise<number | undefined> {
   return withoutProblems(origin, text, (problems) => {
     const document = parseYaml(text);
     const section = isMapping(document) ? document.distributed : {};
-    return parseSection<NodeDefaults>("distributed", section, DISTRIBUTED_FIELDS, problems).dataServerPort;
+    const { dataServerPort } = DISTRIBUTED_FIELDS;
+    return parseSection<NodeDefaults>("distributed", section, { dataServerPort }, problems).dataServerPort;
   });
 }
 
@@ -1007,9 +1011,17 @@ export function compilePattern(pattern: string): (name: string) => boolean {
       throw new RangeError(`Cannot read ${JSON.stringify(pattern)}: ${reason}`);
     }
   });
-  const fits = (index: number, name: string, at: number): boolean =>
-    parts[index]?.(name, at, (end) => fits(index + 1, name, end)) ?? at === name.length;
-  return (name) => fits(0, name, 0);
+  // Once the rest does not fit behind one star, it need not be tried from there again.
+  const fits = (index: number, name: string, at: number, failed: Set<number>): boolean => {
+    const key = index * (name.length + 1) + at;
+    if (failed.has(key)) return false;
+    const isFit = parts[index]?.(name, at, (end) => fits(index + 1, name, end, failed)) ?? at === name.length;
+    if (!isFit && stars > 1) failed.add(key);
+    return isFit;
+  };
+  const stars = tokens.filter((token) => token.startsWith("*")).length;
+  const none = new Set<number>();
+  return (name) => fits(0, name, 0, stars > 1 ? new Set() : none);
 }
 
 function textPart(text: string): PatternPart {
@@ -1022,7 +1034,7 @@ function textPart(text: string): PatternPart {
   };
 }
 
-/** Numbers, which may be bound not to have a digit beside them. */
+/** Numbers, which must be whole if a wildcard is beside them. */
 function numberPart(list: string, isWholeBefore: boolean, isWholeBehind: boolean): PatternPart {
   const ranges = list.split(",").map(parseRange);
   const isDigit = (name: string, at: number) => name[at]! >= "0" && name[at]! <= "9";
@@ -1066,16 +1078,10 @@ export function foldNames(names: Iterable<string>): string {
   }).join(",");
 }
 
-/** A name around one of its numbers. The key is the same for all that can be folded together at that number. */
-type FoldCandidate = {
-  readonly key: string;
-  readonly before: string;
-  readonly digits: string;
-  readonly behind: string;
-};
+type FoldCandidate = ReturnType<typeof foldCandidates>[number];
 
-/** Each number of a name that could be the one that varies, the last first; at the end the name as it is. */
-function foldCandidates(name: string): FoldCandidate[] {
+/** A name around each number that could be the one that varies, last number first, then the whole name. */
+function foldCandidates(name: string) {
   // In a range, these characters would mean something else.
   const numbers = /[[\],*?]/.test(name) ? [] : [...name.matchAll(/(?<!\d)\d{1,15}(?!\d)/g)];
   const candidates = numbers.reverse().flatMap(({ 0: digits, index }) => {
@@ -1260,18 +1266,22 @@ function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs }: Pr
   if (fault) throw new Error(fault);
   if (port !== undefined) requireValid("port", port, parsePort);
   if (path !== undefined) requireValid("path", path, parsePath);
-  if (![undefined, "http", "tcp"].includes(check)) throw new TypeError('Cannot check so: expected "http" or "tcp"');
+  if (![undefined, "http", "tcp"].includes(check)) {
+    throw new TypeError(`Cannot use check "${check}": expected "http" or "tcp"`);
+  }
   requireDuration("timeoutMs", timeoutMs);
   // If every host may be connected to, thousands need no query of their own.
   const isNetOpen = Deno.permissions.querySync({ name: "net" }).state === "granted";
   return { port, path, check, timeoutMs, isNetOpen };
 }
 
-/** Holds an option to the parser of the inventory's field, and to its type. */
+/** Checks an option with the parser of the inventory's field. */
 function requireValid<T>(name: string, value: T, parseValue: (value: unknown) => T): void {
   const fault = `Cannot use ${name} ${JSON.stringify(value)}: `;
   try {
-    if (parseValue(value) !== value) throw new TypeError(`${fault}expected another type, or no blanks and brackets`);
+    if (parseValue(value) !== value) {
+      throw new TypeError(`${fault}expected a ${typeof parseValue(value)} without blanks or brackets`);
+    }
   } catch (error) {
     const message = fault + invalidText(error).replace(/, got .*/, "");
     throw typeof value === "number" ? new RangeError(message) : new TypeError(message);
@@ -1304,6 +1314,7 @@ async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: 
     const outcomes = await raceEndpoints(unchecked.endpoints, attempt, ({ state }) => state === "up", controller);
     const [best = unchecked] = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state]);
     if (outcomes.length < 2 || best.connectMs !== undefined) return best;
+    if (outcomes.every(({ failure }) => failure!.message === best.failure!.message)) return best;
     const messages = outcomes.map((it) => `${hostPort(it.endpoint!.host, it.port)}: ${it.failure!.message}`);
     return { ...best, failure: { code: best.failure!.code, message: messages.join("; ") } };
   } finally {
@@ -1397,7 +1408,7 @@ function isAddress(host: string): boolean {
 let lookupsRunning = 0;
 const lookupsWaiting = new Set<() => void>();
 
-/** Waits for a name's lookup. One occupies a thread until it ends, even after the deadline, and keeps its turn so long. */
+/** Waits for a name's lookup, which occupies a thread until it ends, even after the deadline, and holds its slot until then. */
 async function lookUp(name: string, port: number, signal: AbortSignal): Promise<void> {
   // Loaded for names alone: it doubles the time that a program takes to start.
   const { lookup } = await import("node:dns");
@@ -1520,7 +1531,7 @@ const LATIN1 = new TextDecoder("latin1");
 
 /** Reads an answer piece by piece, never more than it may have. Exported for the tests. */
 export class ResponseReader {
-  /** What was read and not taken yet. Behind it, its buffer has room for more. */
+  /** What was read and not taken yet. The rest of its buffer is free. */
   pending: Bytes = new Uint8Array(2048).subarray(0, 0);
 
   constructor(readonly conn: Pick<Deno.Conn, "read">) {}
@@ -1551,7 +1562,7 @@ export class ResponseReader {
     if (!await this.fill()) throw badResponse("the answer ended before it was complete");
   }
 
-  /** Takes a line of at most so many bytes, without its end; a longer one belongs to a head that is too large. */
+  /** Takes a line of at most `maxBytes`, without its end; a longer one belongs to a head that is too large. */
   async line(maxBytes: number, tooLong = () => tooLarge("the head of the answer", MAX_HEAD_BYTES)): Promise<string> {
     for (let searched = 0;;) {
       const at = this.pending.indexOf(10, searched);
@@ -1658,7 +1669,7 @@ export interface SweepOptions extends ProbeOptions {
   readonly onProbe?: ((probe: NodeProbe) => void) | undefined;
 }
 
-/** Probes nodes: few at once if they answer at once, which is fastest, else all that there are descriptors for. */
+/** Probes nodes: a few at a time while answers are fast, else as many as descriptors allow. */
 class ProbePool {
   isOver = false;
   readonly #settings: ProbeSettings;
@@ -1671,6 +1682,7 @@ class ProbePool {
   /** How many nodes may be under way now, and at most. */
   #limit: number;
   #maxLimit: number;
+  readonly #lookedUp = new Set<number>();
   #endedLately = 0;
   #isRamping = false;
 
@@ -1703,12 +1715,12 @@ class ProbePool {
     });
   }
 
-  /** Probes a node again, in so many milliseconds. */
+  /** Probes a node again, after `afterMs`. */
   add(index: number, afterMs: number): void {
     this.#after(afterMs, () => this.#queue.push(index));
   }
 
-  /** Ends {@linkcode run}: nothing more is started or told. */
+  /** Ends {@linkcode run}: nothing more is started or reported. */
   finish(): void {
     this.isOver = true;
     this.onOutcome = () => {};
@@ -1757,10 +1769,13 @@ class ProbePool {
     const probe = await probeOne(this.nodes[index]!, this.#settings, controller);
     this.#running.delete(controller);
     this.#endedLately++;
-    const isShort = probe.state !== "up" && probe.failure?.message.includes(NO_DESCRIPTORS);
+    // The system does not say that a lookup failed for want of a descriptor: it gets a second one.
+    const isSecond = this.#lookedUp.has(index) || probe.failure?.code !== "dns";
+    const isShort = !isSecond || (probe.state !== "up" && probe.failure?.message.includes(NO_DESCRIPTORS));
     if (isShort && this.#running.size > 0 && !this.isOver) {
       // Another node will give its descriptor back; then this one begins anew, with the whole of its time.
-      this.#limit = this.#maxLimit = this.#running.size;
+      if (isSecond) this.#limit = this.#maxLimit = this.#running.size;
+      this.#lookedUp.add(index);
       this.#queue.push(index);
       return;
     }
@@ -1857,7 +1872,8 @@ export interface DiscoverOptions extends SweepOptions {
 /** The active nodes of an inventory that are up, in its order. */
 export async function discoverReachableNodes(options: DiscoverOptions = {}): Promise<ReachableNode[]> {
   options.signal?.throwIfAborted();
-  const nodes = selectNodes((await getClusterNodes(options.source)).values(), options.selection);
+  const config = await loadHostsConfig(options.source, { signal: options.signal });
+  const nodes = selectNodes((await getClusterNodes(config)).values(), options.selection);
   return (await upProbes(nodes, options)).map(({ node, status = {}, address = "", connectMs = 0 }) => {
     return { node, status, address, connectMs };
   });
@@ -1932,14 +1948,16 @@ export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOp
     options.onProbe?.(probe);
     // The closer to the deadline, the sooner again, so that none is missed that comes up before it.
     const leftMs = Math.max(100, endMs - performance.now());
-    if (probe.failure?.code !== "denied") pool.add(index, Math.min(intervalMs, leftMs / 2));
+    const mayBeChecked = probe.failure?.code !== "denied" ||
+      probe.endpoints.some((it) => isNetGranted(it.host, it.port));
+    if (mayBeChecked) pool.add(index, Math.min(intervalMs, leftMs / 2));
     else if (denied.push(probe) > list.length - minUp) throwIfDenied(denied);
     if (up >= minUp) pool.finish();
   });
   if (minUp === 0) pool.finish();
   const timer = setTimeout(() => pool.cutOff(timeoutError(deadlineMs)), deadlineMs);
   await pool.run().finally(() => clearTimeout(timer));
-  const failure = { code: "other", message: "it was not awaited" } as const;
+  const failure = { code: "other", message: "the wait was over before it was checked" } as const;
   return list.map((node, index) => last[index] ?? { ...uncheckedProbe(node, options.port), state: "unknown", failure });
 }
 
@@ -1983,7 +2001,8 @@ export async function getSyncUrls(options: SyncUrlOptions = {}): Promise<string[
 
 /** The URLs of the Elo database on the nodes that are up: {@linkcode getSyncUrls} at the port of `elo_sync.sync_port`. */
 export async function getEloSyncUrls(options: SyncUrlOptions = {}): Promise<string[]> {
-  const { config: source, eloSync } = await loadParsed(options.source);
+  options.signal?.throwIfAborted();
+  const { config: source, eloSync } = await loadParsed(options.source, { signal: options.signal });
   return await getSyncUrls({ ...options, source, port: options.port ?? eloSync.syncPort });
 }
 
@@ -1999,7 +2018,8 @@ async function syncUrls(options: DataSyncUrlOptions, port: number | undefined, p
   const { source, selection, excludeSelf, reachableOnly = true, signal, timeoutMs, concurrency, onProbe } = options;
   signal?.throwIfAborted();
   const isSelf = excludeSelf ? selfTest() : () => false;
-  const nodes = selectNodes((await getClusterNodes(source)).values(), selection).filter((node) => !isSelf(node));
+  const config = await loadHostsConfig(source, { signal });
+  const nodes = selectNodes((await getClusterNodes(config)).values(), selection).filter((node) => !isSelf(node));
   const endpoints = reachableOnly
     ? (await upProbes(nodes, { signal, timeoutMs, concurrency, onProbe, port })).map(({ endpoint }) => endpoint)
     : nodes.map((node) => dataEndpoints(node, port)[0]);
@@ -2010,11 +2030,15 @@ function selfTest(): (node: ClusterNode) => boolean {
   const nodeId = readVariable("RINGRIFT_NODE_ID");
   const purpose = "sys access to leave out this host itself";
   if (!nodeId) requirePermission({ name: "sys", kind: "hostname" }, "--allow-sys=hostname", purpose);
-  const name = (nodeId ?? Deno.hostname()).toLowerCase();
+  const isGranted = (kind: "hostname" | "networkInterfaces") =>
+    Deno.permissions.querySync({ name: "sys", kind }).state === "granted";
+  const hostname = isGranted("hostname") ? Deno.hostname().toLowerCase() : "localhost";
+  const name = nodeId?.toLowerCase() ?? hostname;
   const names = [name, name.split(".", 1)[0]!];
-  const mayReadAddresses = Deno.permissions.querySync({ name: "sys", kind: "networkInterfaces" }).state === "granted";
-  const interfaces = mayReadAddresses ? Deno.networkInterfaces().map(({ address }) => address.toLowerCase()) : [];
-  const addresses = new Set([...names, "localhost", "127.0.0.1", "::1", ...interfaces]);
+  const interfaces = isGranted("networkInterfaces")
+    ? Deno.networkInterfaces().map(({ address }) => address.toLowerCase())
+    : [];
+  const addresses = new Set([...names, hostname, "localhost", "127.0.0.1", "::1", ...interfaces]);
   const hostsOf = (node: ClusterNode) => [...node.addresses, ...dataEndpoints(node).map(({ host }) => host)];
   return (node) =>
     names.includes(node.name.toLowerCase()) || hostsOf(node).some((host) => addresses.has(host.toLowerCase()));
@@ -2071,12 +2095,17 @@ export function sshCommand(
     ...orDefault("BatchMode", "-o", "BatchMode=yes"),
     ...orDefault("ConnectTimeout", "-o", `ConnectTimeout=${Math.ceil(connectTimeoutMs / 1000)}`),
     ...orDefault("Port", "-p", String(endpoint.port)),
-    ...(node.sshKey === undefined ? [] : ["-i", node.sshKey]),
+    ...(node.sshKey === undefined ? [] : orDefault("IdentityFile", "-i", node.sshKey)),
     ...extra.flatMap((option) => ["-o", option]),
     "--",
     `${user}@${endpoint.host}`,
     ...command,
   ];
+}
+
+/** Whether options have ssh connect to something else than an endpoint of the node. */
+function goesElsewhere({ options = [] }: SshOptions): boolean {
+  return isSet(options, "ProxyJump", "ProxyCommand", "HostName", "Port");
 }
 
 function isSet(options: readonly string[], ...keys: string[]): boolean {
@@ -2101,6 +2130,12 @@ function faultOf(run: () => unknown): string | undefined {
   }
 }
 
+/** The endpoints that are raced for a greeting: none if there is one alone, or if an option leads elsewhere. */
+export function racedSshEndpoints(node: ClusterNode, options: SshOptions = {}): Endpoint[] {
+  const endpoints = sshEndpoints(node);
+  return options.endpoint || endpoints.length < 2 || goesElsewhere(options) ? [] : endpoints;
+}
+
 /**
  * The SSH endpoint of a node that greets first, out of several; the first one if none does within two seconds, as behind
  * a jump host, or if net access to them is not permitted.
@@ -2113,12 +2148,11 @@ export async function findSshEndpoint(
 ): Promise<Endpoint> {
   const { signal, endpoint } = options;
   signal?.throwIfAborted();
-  const endpoints = endpoint ? [endpoint] : sshEndpoints(node);
-  const [first] = endpoints;
+  const first = endpoint ?? sshEndpoints(node)[0];
   if (!first) throw new TypeError(`${JSON.stringify(node.name)} has no address: set tailscale_ip or ssh_host`);
-  const isElsewhere = isSet(options.options ?? [], "ProxyJump", "ProxyCommand", "HostName", "Port");
-  if (endpoints.length === 1 || isElsewhere) return first;
-  const permitted = endpoints.filter(({ host, port }) => isNetGranted(host, port));
+  const raced = racedSshEndpoints(node, options);
+  if (raced.length === 0) return first;
+  const permitted = raced.filter(({ host, port }) => isNetGranted(host, port));
   const controller = new AbortController();
   const ended = AbortSignal.any([AbortSignal.timeout(GREETING_MS), ...(signal ? [signal] : [])]);
   ended.addEventListener("abort", () => controller.abort());
@@ -2145,7 +2179,7 @@ async function greets(endpoint: Endpoint, signal: AbortSignal): Promise<boolean>
 }
 
 /** Options of {@linkcode runOnNodes}. */
-export interface RunOptions extends Omit<SshOptions, "endpoint"> {
+export interface RunOptions extends SshOptions {
   /** How long each node may take, in milliseconds. @default {60000} */
   readonly timeoutMs?: number | undefined;
   /** How many nodes at once. @default {32} */
@@ -2245,24 +2279,36 @@ async function runOnNode(
   try {
     const endpoint = await findSshEndpoint(node, { ...options, signal: ended });
     ended.throwIfAborted();
-    const child = spawnSsh(sshCommand(node, words, { ...options, endpoint }), options.stdin);
-    if (typeof child === "string") return result("local", child);
+    const argv = sshCommand(node, words, { ...options, endpoint });
+    const stdin = options.stdin ? "piped" : "null";
+    let child: Deno.ChildProcess;
+    try {
+      child = spawnSsh(argv, { stdin, stdout: "piped", stderr: "piped" });
+    } catch (error) {
+      if (error instanceof Deno.errors.NotFound) throw error;
+      return result("local", `ssh cannot be started (${errorText(error)})`);
+    }
     output = await finishSsh(child, node, options, ended);
-    if (!deadline.aborted || output.signal === null) return result(...commandFailure(output, endpoint, node));
+    if (!deadline.aborted || output.signal === null) {
+      return result(...commandFailure(output, endpoint, node, goesElsewhere(options)));
+    }
   } catch (error) {
     if (signal.aborted || !deadline.aborted) throw error;
   }
   return result("timeout", `timed out after ${formatMs(timeoutMs)}`);
 }
 
-/** Starts ssh, or says why it cannot be started. */
-function spawnSsh([program, ...args]: readonly [string, ...string[]], stdin: unknown): Deno.ChildProcess | string {
-  const input = stdin ? "piped" : "null";
+/** Starts an argument list of {@linkcode sshCommand}, with run permission of ssh and with the streams that are given. */
+export function spawnSsh(
+  [program, ...args]: readonly [string, ...string[]],
+  streams: Pick<Deno.CommandOptions, "stdin" | "stdout" | "stderr">,
+): Deno.ChildProcess {
+  requirePermission({ name: "run", command: "ssh" }, "--allow-run=ssh", "run access to ssh (on the PATH)");
   try {
-    return new Deno.Command(program, { args, stdin: input, stdout: "piped", stderr: "piped" }).spawn();
+    return new Deno.Command(program, { args, ...streams }).spawn();
   } catch (error) {
-    if (error instanceof Deno.errors.NotFound) throw new Error("There is no ssh on the PATH: install OpenSSH");
-    return `ssh cannot be started (${errorText(error)})`;
+    if (!(error instanceof Deno.errors.NotFound)) throw error;
+    throw new Deno.errors.NotFound("There is no ssh on the PATH: install OpenSSH");
   }
 }
 
@@ -2285,7 +2331,7 @@ async function finishSsh(child: Deno.ChildProcess, node: ClusterNode, options: R
   const stdout = readOutput(child.stdout, released.signal, (text) => onOutput?.(node, "stdout", text));
   const stderr = readOutput(child.stderr, released.signal, (text) => onOutput?.(node, "stderr", text));
   const outputs = Promise.all([stdout.ended, stderr.ended]);
-  // They are awaited only when the process has ended, which a pipe that nobody reads would never let it.
+  // To await them before the process has ended could be a deadlock.
   outputs.catch(end);
   const { code, ...status } = await child.status;
   // At a signal, ssh itself exits with 255.
@@ -2306,7 +2352,10 @@ function readOutput(stream: Deno.ChildProcess["stdout"], signal: AbortSignal, on
     output.text += text.slice(0, MAX_OUTPUT_LENGTH - output.text.length);
     onText(text);
   };
-  output.ended = stream.pipeThrough(new TextDecoderStream()).pipeTo(new WritableStream({ write }), { signal });
+  output.ended = stream.pipeThrough(new TextDecoderStream("utf-8", { ignoreBOM: true })).pipeTo(
+    new WritableStream({ write }),
+    { signal },
+  );
   return output;
 }
 
@@ -2317,7 +2366,12 @@ const OTHER_HOST = /@|\b(?:port|host|hostname) |^Connection to /;
 const UNKNOWN_KEY =
   "the host key is not known; --ssh-option StrictHostKeyChecking=accept-new accepts it, in a script options";
 
-function commandFailure(output: SshOutput, endpoint: Endpoint, node: ClusterNode): [CommandFailureCode?, string?] {
+function commandFailure(
+  output: SshOutput,
+  endpoint: Endpoint,
+  node: ClusterNode,
+  isElsewhere: boolean,
+): [CommandFailureCode?, string?] {
   const { exitCode, signal, stdout, stderr } = output;
   if (signal) return ["signal", `ended by ${signal}`];
   if (exitCode === 0) return [];
@@ -2325,14 +2379,15 @@ function commandFailure(output: SshOutput, endpoint: Endpoint, node: ClusterNode
   // 255 is ssh's own, but a command may return it too. What ssh says names this very endpoint, or has its line end.
   const [, address = "", port] = / by (\S+) port (\d+)/.exec(line) ?? [];
   const isResolved = !isAddress(endpoint.host) && isAddress(address) && port === String(endpoint.port);
-  const isNamed = isResolved || address === "UNKNOWN" || line.includes(endpoint.host);
+  const isAlias = (isElsewhere || !isAddress(endpoint.host)) && line.startsWith("ssh: connect to host ");
+  const isNamed = isAlias || isResolved || address === "UNKNOWN" || line.includes(endpoint.host);
   const isOurs = exitCode === 255 && (isNamed || (!OTHER_HOST.test(line) && stderr.endsWith("\r\n")));
   const loss = lossesOf(endpoint).find((loss) => line.includes(loss));
   if (isOurs && loss) return ["lost", line.slice(line.indexOf(loss))];
   if (!isOurs || stdout !== "" || !NOT_STARTED.test(line)) return ["exit", `exit code ${exitCode}`];
   if (/REMOTE HOST IDENTIFICATION HAS CHANGED/.test(stderr)) return ["connect", "the host key has changed"];
   if (line.startsWith("Host key")) return ["connect", UNKNOWN_KEY];
-  return ["connect", /^(ssh: |Connection )/.test(line) ? line + othersHint(endpoint, node) : line];
+  return ["connect", /^(ssh: |Connection )/.test(line) && !isElsewhere ? line + othersHint(endpoint, node) : line];
 }
 
 /** What ssh says if it lost the connection while a command ran, perhaps on the line that this began. */
@@ -2342,11 +2397,11 @@ function lossesOf({ host, port }: Endpoint): string[] {
   return [...closed, ...silent, "client_loop: send disconnect: "];
 }
 
-/** What to say of the other endpoints, if there is no connection to the one that ssh went to. */
+/** What to say of the other endpoints, if there is no connection to the one that ssh went to: the race found none. */
 function othersHint({ host, port }: Endpoint, node: ClusterNode): string {
   const others = sshEndpoints(node).filter((other) => other.host !== host || other.port !== port);
   if (others.length === 0) return "";
   const list = others.map(({ host, port }) => hostPort(host, port)).join(", ");
-  if (others.every(({ host, port }) => isNetGranted(host, port))) return `; no ssh server greets at ${list} either`;
-  return `; ${list} was not tried: ${netFlag(sshEndpoints(node))} lets the one that answers be found`;
+  const isPermitted = others.every(({ host, port }) => isNetGranted(host, port));
+  return `; its other address: ${list}${isPermitted ? "" : ` (${netFlag(sshEndpoints(node))} lets it be tried)`}`;
 }

@@ -259,8 +259,7 @@ for (const { what, fields, options = {}, checked, url, net, ssh } of ROWS) {
       assertEquals(probe.endpoints, endpoints);
       assertEquals(contacted, targets);
       const reason = "nothing listens on the port";
-      const reasons = targets.map((target) => endpoints.length > 1 ? `${target}: ${reason}` : reason);
-      assertEquals(probe.failure?.message, reasons.join("; ") || "set tailscale_ip or ssh_host");
+      assertEquals(probe.failure?.message, targets.length > 0 ? reason : "set tailscale_ip or ssh_host");
     });
 
     const requests: string[] = [];

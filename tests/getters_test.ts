@@ -81,7 +81,7 @@ Deno.test({
 });
 
 Deno.test("the data port of a node that has none is that of the unified config", async () => {
-  await using unified = await writeInventory({}, { distributed: { data_server_port: 5 } });
+  await using unified = await writeInventory({}, { distributed: { data_server_port: 5, status_path: "none" } });
   await using broken = await writeInventory({}, { distributed: { data_server_port: "hunter2" } });
   await using empty = await writeInventory({}, { other: {} });
   const none = `${empty.folder}/none.yaml`;
@@ -103,7 +103,7 @@ Deno.test("the data port of a node that has none is that of the unified config",
     unified: row(1, 5),
     distributed: row(1, 7),
     empty: row(1, 8766),
-    broken: `${broken.path}:4: distributed.data_server_port: expected an integer from 1 to 65535, got another string`,
+    broken: `${broken.path}:4: distributed.data_server_port: expected an integer from 1 to 65535, got a string`,
     missing: `${none}: there is no such file (RINGRIFT_CONFIG_PATH names it)`,
     "nothing depends on it": [[1, 3, null]],
   });

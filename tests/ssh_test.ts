@@ -425,7 +425,7 @@ Deno.test("runOnNodes() throws if there is no ssh, and tells of an ssh that cann
   assertEquals([result!.failure?.code, result!.exitCode], ["local", null]);
   await Deno.writeTextFile(`${fake.folder}/ssh`, "#!/nowhere\n");
   const { results, reason } = await runElsewhere({ nodes: numbered(2), command: ["x"] }, fake);
-  assertEquals([results, reason], [[], "Error: There is no ssh on the PATH: install OpenSSH"]);
+  assertEquals([results, reason], [[], "NotFound: There is no ssh on the PATH: install OpenSSH"]);
 });
 
 Deno.test("runOnNodes() without net permission takes the first endpoint, and names the other and the flag if that fails", async () => {

@@ -62,11 +62,11 @@ hosts.yaml
     "status --gather",
     40,
     `
-NODES  STATE      REASON            NAMES
-    1  down       refused: nothin…  🚀gpu-2
-    1  down       no-address: set…  plain
-    1  unhealthy  http-status: HT…  café
-    2  up         -                 漢字-1,👩‍💻
+NODES  STATE      REASON        NAMES
+    1  down       refused: no…  🚀gpu-2
+    1  down       no-address:…  plain
+    1  unhealthy  http-status…  café
+    2  up         -             漢字-1,…
 
 2 of 5 nodes up, 2 down (1 refused, 1
 no-address), 1 unhealthy (1 http-status)

@@ -36,7 +36,7 @@ const WARNED: [name: string, text: string, ...warnings: string[]][] = [
     `elo_sync.sync_prot:8: ${meant("sync_port")}`,
   ],
   ["elo_sync.Coordinator", `${OK}elo_sync:\n  Coordinator: a\n`, [
-    `elo_sync.coordinator:6: names a node that is not in hosts`,
+    `elo_sync.coordinator:6: is not set, and the default, "mac-studio", is not in hosts`,
     `elo_sync.Coordinator:7: ${meant("coordinator")}`,
   ]],
   [
@@ -91,7 +91,7 @@ const WARNED: [name: string, text: string, ...warnings: string[]][] = [
   [
     "the default coordinator, if it is not there",
     `${OK}elo_sync:\n  sync_port: 1\n`,
-    "elo_sync.coordinator:6: names a node that is not in hosts",
+    'elo_sync.coordinator:6: is not set, and the default, "mac-studio", is not in hosts',
   ],
   [
     "a coordinator that is not active",
