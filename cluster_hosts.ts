@@ -1204,19 +1204,10 @@ export interface StatusDocument {
 export type NodeState = "up" | "unhealthy" | "down" | "unknown";
 
 /** Why a node is not up. `denied` and `local-resource` are faults of this side: the node's state is `unknown`. */
+// deno-fmt-ignore: one code a line would be twelve lines.
 export type FailureCode =
-  | "timeout"
-  | "refused"
-  | "unreachable"
-  | "dns"
-  | "no-address"
-  | "http-status"
-  | "redirect"
-  | "bad-response"
-  | "too-large"
-  | "denied"
-  | "local-resource"
-  | "other";
+  | "timeout" | "refused" | "unreachable" | "dns" | "no-address" | "http-status" | "redirect" | "bad-response"
+  | "too-large" | "denied" | "local-resource" | "other";
 
 /** Why a node is not up, for programs, and for people; escape the message, which may hold text from the node. */
 export type ProbeFailure = { readonly code: FailureCode; readonly message: string };

@@ -65,7 +65,7 @@ hosts.yaml
 NODES  STATE      REASON        NAMES
     1  down       refused: no…  🚀gpu-2
     1  down       no-address:…  plain
-    1  unhealthy  http-status…  café
+    1  unhealthy  http-status…  café
     2  up         -             漢字-1,…
 
 2 of 5 nodes up, 2 down (1 refused, 1
