@@ -299,7 +299,7 @@ const OPTIONS = {
   "min-up": { ...MIN_UP, parse: parseMinUp, help: "succeed once N nodes are up (default: all)" },
   only: { ...STATE, parse: parseStates, help: "show only down, unhealthy, unknown, up, or problems" },
   gather: { help: "one line per outcome, names folded (default: a table)" },
-  names: { help: "names alone, one a line (default: a table)" },
+  names: { help: "names alone, of --only too (default: a table)" },
   watch: { help: "check again and again (default: once)" },
   interval: { ...TIME, help: "between two checks of a node" },
   "include-self": { help: "urls data: this host too (default: left out)" },
@@ -311,7 +311,7 @@ const OPTIONS = {
   stdin: { help: "give each node what comes on stdin (default: nothing)" },
   "dry-run": { help: "print the commands (default: run them)" },
   strict: { help: "a warning is an error (default: it is not)" },
-  list: { help: "taken from Ansible; changes nothing" },
+  list: { help: "accepted for Ansible; ignored" },
   json: { help: "JSON (default: text)" },
   quiet: { short: "q", help: "only JSON and failures (default: progress, summary)" },
   help: { short: "h", help: "this text" },
@@ -499,7 +499,7 @@ const STATUS: Command = {
   options: [...SELECTION, ...SWEEP, "tcp", "path", "min-up", "only", "gather", "names", "watch", "interval", ...COMMON],
   help: { interval: `with --watch, between checks (default: ${showDuration(DEFAULTS.watchIntervalMs)})` },
   notes: "Exit code 0: every selected node is up, or --min-up of them; 1: they are not;\n2: a node could not be " +
-    "checked. What is shown (--only) changes nothing of that.",
+    "checked. --only does not affect that.",
   examples: ["cluster-hosts status 'gpu-[1-8]' --role worker --watch", "cluster-hosts status --only problems --names"],
   needs: async (call) => ({
     net: (await statusNodes(call)).flatMap((node) => dataEndpoints(node, call.flags.port)),
@@ -902,7 +902,7 @@ const SSH: Command = {
     concurrency: `how many nodes at once (default: ${DEFAULTS.commandConcurrency})`,
     gather: "each distinct output once (default: as lines come)",
   },
-  notes: "It wants a NODE or --role, --gpu, --status, --where; '*' is every active node.\nWithout a command: a login " +
+  notes: "Needs a NODE or --role, --gpu, --status, --where; '*' is every active node.\nWithout a command: a login " +
     "on one NODE. Exit code 0: the command returned 0 on\nevery node; 1: it did not.",
   examples: ["cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L", "cluster-hosts ssh gpu-1 --stdin -- sh < setup.sh"],
   needs: (call) => {
@@ -937,7 +937,7 @@ const SSH: Command = {
   },
 };
 
-const SSH_USAGE = 'a command follows "--": cluster-hosts ssh gpu-1 -- uptime';
+const SSH_USAGE = 'put the command after "--": cluster-hosts ssh gpu-1 -- uptime';
 
 /** A shell without a script: without stdin it ends at once, and says that all is well. */
 const BARE_SHELL = /^\s*(sudo\s+)?(\S*\/)?(ba|da|k|z)?sh(\s+(--\S+|-[abd-z]+))*(\s+-[abd-z]*s.*)?\s*$/s;
@@ -1041,7 +1041,7 @@ function commandSummary(results: readonly CommandResult[], total: number, origin
 
 const WAIT: Command = {
   name: "wait",
-  summary: "return when the nodes are up, or the time is over",
+  summary: "return when the nodes are up, or time runs out",
   usage: "[NODE...] [options]",
   options: [...SELECTION, ...SWEEP, "interval", "min-up", "tcp", "path", ...COMMON],
   help: {

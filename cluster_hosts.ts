@@ -1412,7 +1412,7 @@ async function lookUp(name: string, port: number, signal: AbortSignal): Promise<
       const [next] = lookupsWaiting;
       lookupsWaiting.delete(next!);
       next?.();
-      if (error) reject(new ProbeFault("dns", `the name does not resolve (${error.code ?? error.message})`));
+      if (error) reject(new ProbeFault("dns", "the name does not resolve"));
       else resolve();
     });
   };
@@ -2145,10 +2145,14 @@ export async function findSshEndpoint(
   if (raced.length === 0) return first;
   const permitted = raced.filter(({ host, port }) => isNetGranted(host, port));
   const controller = new AbortController();
-  const ended = AbortSignal.any([AbortSignal.timeout(GREETING_MS), ...(signal ? [signal] : [])]);
-  ended.addEventListener("abort", () => controller.abort());
+  const abort = () => controller.abort();
+  signal?.addEventListener("abort", abort);
+  // Not AbortSignal.timeout(), which would keep the process for as long.
+  const timer = setTimeout(abort, GREETING_MS);
   const greet = (endpoint: Endpoint) => greets(endpoint, controller.signal);
   const greeted = await raceEndpoints(permitted, greet, (isGreeting) => isGreeting, controller);
+  clearTimeout(timer);
+  signal?.removeEventListener("abort", abort);
   signal?.throwIfAborted();
   return permitted[greeted.indexOf(true)] ?? first;
 }
@@ -2265,8 +2269,9 @@ async function runOnNode(
     return { node, ...output, durationMs, failure: code && { code, message } };
   };
   if (node.bestIp === undefined) return result("no-address", "set tailscale_ip or ssh_host");
-  const deadline = AbortSignal.timeout(timeoutMs);
-  const ended = AbortSignal.any([signal, deadline]);
+  const deadline = new AbortController();
+  const timer = setTimeout(() => deadline.abort(), timeoutMs);
+  const ended = AbortSignal.any([signal, deadline.signal]);
   try {
     const endpoint = await findSshEndpoint(node, { ...options, signal: ended });
     ended.throwIfAborted();
@@ -2280,11 +2285,13 @@ async function runOnNode(
       return result("local", `ssh cannot be started (${errorText(error)})`);
     }
     output = await finishSsh(child, node, options, ended);
-    if (!deadline.aborted || output.signal === null) {
+    if (!deadline.signal.aborted || output.signal === null) {
       return result(...commandFailure(output, endpoint, node, goesElsewhere(options)));
     }
   } catch (error) {
-    if (signal.aborted || !deadline.aborted) throw error;
+    if (signal.aborted || !deadline.signal.aborted) throw error;
+  } finally {
+    clearTimeout(timer);
   }
   return result("timeout", `timed out after ${formatMs(timeoutMs)}`);
 }
@@ -2355,7 +2362,7 @@ const NOT_STARTED =
   /^(?:ssh: |Host key verification failed|Connection |kex_|Received disconnect|Unable to negotiate)|Permission denied/;
 const OTHER_HOST = /@|\b(?:port|host|hostname) |^Connection to /;
 const UNKNOWN_KEY =
-  "the host key is not known; --ssh-option StrictHostKeyChecking=accept-new accepts it, in a script options";
+  "the host key is not known: --ssh-option StrictHostKeyChecking=accept-new accepts it (scripts: options)";
 
 function commandFailure(
   output: SshOutput,

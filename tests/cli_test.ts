@@ -217,21 +217,21 @@ const HURRIED: readonly (readonly [line: string, answer: string])[] = [
   ["permissions nodes --watch", "nodes does not take --watch; see cluster-hosts nodes --help"],
   [
     "ssh gpu-1 uptime",
-    'A login takes one NODE, not 2; a command follows "--": cluster-hosts ssh gpu-1 -- uptime',
+    'A login takes one NODE, not 2; put the command after "--": cluster-hosts ssh gpu-1 -- uptime',
   ],
   ["ssh -- uptime", "ssh needs a NODE, or --role, --gpu, --status or --where; '*' is every active node"],
   [
     "ssh --exclude gpu-1 -- uptime",
     "ssh needs a NODE, or --role, --gpu, --status or --where; '*' is every active node",
   ],
-  ["ssh gpu-1 --", 'There is no command; a command follows "--": cluster-hosts ssh gpu-1 -- uptime'],
+  ["ssh gpu-1 --", 'There is no command; put the command after "--": cluster-hosts ssh gpu-1 -- uptime'],
   ["ssh gpu-1 -- bash", '"bash" alone runs nothing: add --stdin, and give it the script on stdin'],
   ["ssh gpu-1 -- sudo sh -s", '"sudo sh -s" alone runs nothing: add --stdin, and give it the script on stdin'],
   ["ssh gpu-1 -- /bin/sh -es x", '"/bin/sh -es x" alone runs nothing: add --stdin, and give it the script on stdin'],
-  ["ssh gpu-[1-2]", 'A login takes one node, not 2; a command follows "--": cluster-hosts ssh gpu-1 -- uptime'],
+  ["ssh gpu-[1-2]", 'A login takes one node, not 2; put the command after "--": cluster-hosts ssh gpu-1 -- uptime'],
   [
     "ssh gpu-1 --gather",
-    '--gather goes with a command; a command follows "--": cluster-hosts ssh gpu-1 -- uptime',
+    '--gather goes with a command; put the command after "--": cluster-hosts ssh gpu-1 -- uptime',
   ],
   ["ssh gpu-1 --json --dry-run -- ls", "--json and --dry-run exclude each other"],
 ];

@@ -428,6 +428,18 @@ Deno.test("runOnNodes() throws if there is no ssh, and tells of an ssh that cann
   assertEquals([results, reason], [[], "NotFound: There is no ssh on the PATH: install OpenSSH"]);
 });
 
+Deno.test("runOnNodes() lets the process end when it has returned, long before its deadline", async () => {
+  await using fake = await fakeSsh("exit 0");
+  const nodes = [{ name: "a", tailscaleIp: "127.0.1.1", sshHost: "127.0.2.1" }];
+  const started = performance.now();
+  const { results: [result] } = await runElsewhere({ nodes, command: ["x"] }, {
+    ...fake,
+    flags: ["--allow-run=ssh", "--allow-net=127.0.1.1:22,127.0.2.1:22"],
+  });
+  assertEquals([result!.exitCode, result!.failure], [0, undefined]);
+  assertLess(performance.now() - started, 30_000);
+});
+
 Deno.test("runOnNodes() without net permission takes the first endpoint, and names the other and the flag if that fails", async () => {
   await using refusing = await fakeSsh(
     'echo "ssh: connect to host 127.0.0.8 port 22: Connection refused" >&2; exit 255',
