@@ -1544,6 +1544,10 @@ export class ResponseReader {
   /** Takes `length` bytes, which are valid until the next read. */
   async take(length: number): Promise<Bytes> {
     while (this.pending.length < length) await this.#fillOrFail();
+    return this.#cut(length);
+  }
+
+  #cut(length: number): Bytes {
     const taken = this.pending.subarray(0, length);
     this.pending = this.pending.subarray(length);
     return taken;
@@ -1559,7 +1563,7 @@ export class ResponseReader {
       const at = this.pending.indexOf(10, searched);
       searched = this.pending.length;
       if (at > maxBytes || (at < 0 && searched > maxBytes)) throw tooLong();
-      if (at >= 0) return LATIN1.decode(await this.take(at + 1)).trimEnd();
+      if (at >= 0) return LATIN1.decode(this.#cut(at + 1)).trimEnd();
       await this.#fillOrFail();
     }
   }
