@@ -1104,7 +1104,6 @@ const VALIDATE: Command = {
     const told = warnings.map((warning) => ({ ...warning, message: `warning: ${warning.message}` }));
     const lines = [...errors, ...told].map((problem) => formatConfigProblem(problem, origin));
     const count = (number: number, word: string) => `${number || "no"} ${word}${number === 1 ? "" : "s"}`;
-    // Behind a problem, warnings are not looked for.
     const found = count(errors.length, "problem") + (errors.length > 0 ? "" : `, ${count(told.length, "warning")}`);
     if (flags.json) io.out(`${toJson({ ...jsonHead(call, origin), errors, warnings })}\n`);
     else io.out(linesOf(flags.quiet ? lines : [...lines, `${found}, ${origin}`]));
@@ -1120,7 +1119,8 @@ async function findProblems(call: Call) {
     return { origin, errors, warnings };
   } catch (error) {
     if (!(error instanceof HostsConfigError)) throw error;
-    const origin = call.flags.config ?? readVariable("RINGRIFT_HOSTS_CONFIG") ?? DEFAULT_CONFIG_PATH;
+    const named = call.flags.config === "-" ? "stdin" : call.flags.config;
+    const origin = named ?? readVariable("RINGRIFT_HOSTS_CONFIG") ?? DEFAULT_CONFIG_PATH;
     return { origin, errors: error.problems, warnings: [] };
   }
 }

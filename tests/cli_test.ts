@@ -430,6 +430,8 @@ Deno.test("main() checks the address that RINGRIFT_COORDINATOR_IP names if there
     assertRefused(await runCli(args, { cwd }), `${noFile}, or set RINGRIFT_COORDINATOR_IP`);
   }
   assertRefused(await runCli(["status", "--config", empty.path]), `${noHosts}, or set RINGRIFT_COORDINATOR_IP`);
+  // A NODE that is asked for is not the coordinator.
+  assertRefused(await runCli(["status", "gpu-9"], { env, cwd }), noFile);
   for (const args of [["nodes"], ["wait"], ["urls", "elo"], ["export", "ansible"], ["ssh", "a", "--", "true"]]) {
     const separator = args.indexOf("--");
     const at = separator < 0 ? args.length : separator;

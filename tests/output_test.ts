@@ -300,3 +300,16 @@ Deno.test("Deno itself would ask for a permission on a terminal", { ignore: !has
   assertStringIncludes((await run("sh", ["-c", asking])).stdout, "read access to");
   await Deno.remove(folder, { recursive: true });
 });
+
+Deno.test("validate refuses what is not UTF-8 on stdin", async () => {
+  const { code, stdout } = await shell("printf 'hosts: {a: {gpu: h\\351}}' | cluster-hosts validate --config -");
+  assertEquals([code, stdout], [2, "stdin: is not UTF-8\n1 problem, stdin\n"]);
+});
+
+terminalTest("a login without run permission is one line with its flag, and never a prompt", async () => {
+  await using inventory = await writeInventory({ a: { tailscale_ip: "127.0.0.2" } });
+  const line = `deno run -q --config ${ROOT}deno.json --allow-read ${ROOT}cli.ts ssh a --config ${inventory.path}`;
+  const { code, stdout } = await run("sh", ["-c", `exec timeout 10 script -qec '${line}' /dev/null`]);
+  const expected = "cluster-hosts: Requires run access to ssh (on the PATH): run again with --allow-run=ssh\n";
+  assertEquals([code, stdout.replaceAll("\r", "")], [2, expected]);
+});

@@ -201,7 +201,7 @@ Deno.test({
     const flags = [
       [undefined, "--allow-read=config/distributed_hosts.yaml"],
       ["other.yaml", "--allow-read=other.yaml"],
-      ["file:///srv/hosts.yaml", "/srv/hosts.yaml"],
+      ["file:///srv/hosts.yaml", "--allow-read=/srv/hosts.yaml"],
     ] as const;
     for (const [source, flag] of flags) {
       const { message }: Error = await assertRejects(() => loadHostsConfig(source), Deno.errors.NotCapable, flag);

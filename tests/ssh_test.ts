@@ -250,6 +250,14 @@ for (const callback of ["onOutput", "onResult"] as const) {
   });
 }
 
+sshdTest("runOnNodes() tells of a host that an option or a name leads to, where nothing listens", async (sshd) => {
+  await using refuses = await startNode("refuses");
+  const options = [...sshd.options, "HostName=127.0.0.8"];
+  const [elsewhere] = await runOnNodes([on(sshd, { sshPort: refuses.port })], ["true"], { options });
+  assertEquals(elsewhere!.failure?.code, "connect", told(elsewhere!));
+  assert(!elsewhere!.failure!.message.includes("other address"), told(elsewhere!));
+});
+
 sshdTest("runOnNodes() tells why it could not connect, and that the command was not started", async (sshd) => {
   await using refuses = await startNode("refuses");
   await using closes = await startNode("closes");

@@ -127,6 +127,13 @@ Deno.test("probeNodes() finds all of 500 nodes up with 64 descriptors", async ()
   assertEquals(tally(outcomes), { up: 500 });
 });
 
+Deno.test("probeNodes() finds all of 300 named nodes up with 100 descriptors, though lookups need some too", async () => {
+  await using server = await startNode("ok");
+  const plan = { nodes: copies(300, { ...at(server), tailscaleIp: "localhost" }), options: {} };
+  const { outcomes } = await sweepElsewhere(plan, { enter: withDescriptors(100) });
+  assertEquals(tally(outcomes), { up: 300 });
+});
+
 Deno.test("probeNodes() tells of all of 600 black holes that they are down, with 256 descriptors", async () => {
   await using hole = await startNode("black-hole");
   const plan = { nodes: copies(600, at(hole)), options: { timeoutMs: 400 } };
@@ -223,6 +230,19 @@ for (const behaviour of HANGING_KINDS) {
     );
   });
 }
+
+Deno.test("a signal ends the loading of an inventory by URL too", async () => {
+  await using silent = await startNode("silent");
+  const source = `http://127.0.0.1:${silent.port}/hosts.yaml`;
+  const reason = new Error("enough");
+  for (const call of [discoverReachableNodes, getDataSyncUrls, getEloSyncUrls, getSyncUrls]) {
+    const controller = new AbortController();
+    const timer = setTimeout(() => controller.abort(reason), 50);
+    const thrown = await assertRejects(() => call({ source, signal: controller.signal, excludeSelf: false } as object));
+    clearTimeout(timer);
+    assert(thrown === reason, call.name);
+  }
+});
 
 Deno.test("probeNodes() ends at an error thrown in onProbe(), and at a signal aborted there", async () => {
   await using server = await startNode("ok");
@@ -427,6 +447,14 @@ Deno.test({
     await assertRejects(() => waitForNodes(nodes), Deno.errors.NotCapable, flag);
     await assertRejects(() => waitForNodes([denied, ...nodesAt({ dead })], { minUp: 2 }), Deno.errors.NotCapable, flag);
     assertLess(performance.now() - started, SLACK_MS);
+    // A node of which one address may be checked is asked again.
+    const partly = new ClusterNode({
+      name: "partly",
+      tailscaleIp: "127.0.0.2",
+      sshHost: "127.0.0.1",
+      dataServerPort: dead.port,
+    });
+    assertEquals(byName(await waitForNodes([partly], { deadlineMs: 200 })), { partly: "unknown denied" });
     const missing = await waitForNodes([denied, ...nodesAt({ dead })], { minUp: 1, deadlineMs: 200 });
     assertEquals(byName(missing), { denied: "unknown denied", dead: "down refused" });
   },

@@ -173,6 +173,7 @@ Deno.test("getDataSyncUrls() takes for this host what RINGRIFT_NODE_ID says", as
       another: await urls(ID, "gpu-77"),
       "the hostname": await urls(ID, ${JSON.stringify(hostname)}),
       localhost: await urls(ID, "another", { ssh_host: "localhost" }),
+      "the address is the hostname": await urls(ID, "another", { ssh_host: ${JSON.stringify(hostname)} }),
       blank: await urls(" ", ${JSON.stringify(hostname)}),
     }));`);
   const left = ["http://192.0.2.1:8766"];
@@ -182,6 +183,7 @@ Deno.test("getDataSyncUrls() takes for this host what RINGRIFT_NODE_ID says", as
     another: left,
     "the hostname": left,
     localhost: [],
+    "the address is the hostname": [],
     blank: [],
   });
 });
