@@ -109,7 +109,7 @@ interface Command {
   readonly examples: readonly [string, string];
   run(call: Call): Promise<number>;
   /** What it uses beside what reading the inventory takes. */
-  needs?(call: Call): Promise<Needs>;
+  needs?(call: Call): Promise<Needs> | Needs;
 }
 
 type Needs = { readonly net?: readonly Endpoint[] } & { readonly [K in "env" | "sys" | "run"]?: readonly string[] };
@@ -800,11 +800,12 @@ function nodeJson(node: ClusterNode): Record<string, unknown> {
   const { bestIp, addresses, dataServerBaseUrl, isActive, entry } = node;
   const json: Record<string, unknown> = { ...node, entry: null, bestIp, addresses, dataServerBaseUrl, isActive };
   for (const key in json) json[key] ??= null;
-  const own = Object.keys(entry).filter((key) => !FIELD_KEYS.includes(key) && !Object.hasOwn(json, key));
-  return { ...json, ...Object.fromEntries(own.map((key) => [key, entry[key]])), entry: undefined };
+  const own = Object.entries(entry).filter(([key]) => !FIELD_KEYS.has(key) && !Object.hasOwn(json, key));
+  return { ...json, ...Object.fromEntries(own), entry: undefined };
 }
 
-const FIELD_KEYS = Object.keys(new ClusterNode({ name: "any" })).map((it) => it.replace(/[A-Z]/g, "_$&").toLowerCase());
+const FIELDS = Object.keys(new ClusterNode({ name: "any" }));
+const FIELD_KEYS = new Set(FIELDS.map((field) => field.replace(/[A-Z]/g, "_$&").toLowerCase()));
 
 const COORDINATOR: Command = {
   name: "coordinator",
@@ -905,10 +906,7 @@ const SSH: Command = {
   notes: "Needs a NODE or --role, --gpu, --status, --where; '*' is every active node.\nWithout a command: a login " +
     "on one NODE. Exit code 0: the command returned 0 on\nevery node; 1: it did not.",
   examples: ["cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L", "cluster-hosts ssh gpu-1 --stdin -- sh < setup.sh"],
-  needs: (call) => {
-    const net = select(call).flatMap((node) => racedSshEndpoints(node, sshOptions(call)));
-    return Promise.resolve({ run: ["ssh"], net });
-  },
+  needs: (call) => ({ run: ["ssh"], net: select(call).flatMap((node) => racedSshEndpoints(node, sshOptions(call))) }),
   async run(call) {
     const { flags, remote, io, signal, inventory: { origin } } = call;
     const nodes = sshNodes(call);
