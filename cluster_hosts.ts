@@ -2363,7 +2363,7 @@ function readOutput(stream: Deno.ChildProcess["stdout"], signal: AbortSignal, on
 
 /** What ssh says last if it could not start a command. */
 const NOT_STARTED =
-  /^(?:ssh: |Host key verification failed|Connection |kex_|Received disconnect|Unable to negotiate|No user exists)|Permission denied/;
+  /^(?:ssh: |Host key |Connection |kex_|Received disconnect|Unable to negotiate|No user exists)|Permission denied/;
 const OTHER_HOST = /@|\b(?:port|host|hostname) |^Connection to /;
 const UNKNOWN_KEY =
   "the host key is not known: --ssh-option StrictHostKeyChecking=accept-new accepts it (scripts: options)";
