@@ -463,7 +463,7 @@ export interface HostsConfig {
   readonly [section: string]: unknown;
 }
 
-/** The text of an inventory, and the path or the URL that it is from; empty if the default file, which may, is missing. */
+/** The text of an inventory, and the path or the URL that it is from. It is empty if the default file is missing. */
 export type HostsConfigText = { readonly text: string; readonly origin: string; readonly exists: boolean };
 
 /** Options of {@linkcode loadHostsConfig} and {@linkcode readHostsConfig}. */
@@ -474,7 +474,7 @@ export interface LoadOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Reads the text of the inventory that {@linkcode loadHostsConfig} would load; the default one alone may be missing. */
+/** Reads the text that {@linkcode loadHostsConfig} would load; the default file alone may be missing. */
 export async function readHostsConfig(source?: string | URL, options: LoadOptions = {}): Promise<HostsConfigText> {
   return await readText(source, source === undefined ? "RINGRIFT_HOSTS_CONFIG" : undefined, options);
 }
@@ -802,7 +802,7 @@ function keysOf(table: FieldTable): string[] {
   return Object.values(table).map(({ key }) => key);
 }
 
-/** Keys that are like a known one which is not set. `gpus`, which is a known one with an "s", is a key that people have. */
+/** Keys that are like a known one which is not set; not a known one with an "s", such as `gpus`: people have those. */
 function* findTypos(path: string, section: unknown, known: readonly string[]): Generator<ConfigProblem> {
   if (!isMapping(section)) return;
   for (const key of Object.keys(section)) {
@@ -895,7 +895,7 @@ export async function getEloSyncConfig(source?: ConfigSource): Promise<EloSyncCo
 /** A name or an address, and a port. */
 export type CoordinatorAddress = { readonly hostname: string; readonly port: number };
 
-/** Where the coordinator's Elo database is: at the node's address, else at `RINGRIFT_COORDINATOR_IP`, if that is set. */
+/** The address of the coordinator's Elo database: the node's, else `RINGRIFT_COORDINATOR_IP`, if that is set. */
 export async function getCoordinatorAddress(source?: ConfigSource): Promise<CoordinatorAddress | undefined> {
   const { nodes, eloSync: { coordinator, syncPort: port } } = await loadParsed(source);
   const variable = "RINGRIFT_COORDINATOR_IP";
@@ -928,7 +928,7 @@ export interface NodeSelection {
 }
 
 /**
- * The nodes that a selection keeps, in their own order. Without a selection: the active ones. In a range, zero padding is
+ * The nodes that a selection keeps, in their own order; without one, the active ones. In a range, zero padding is
  * significant: `[08-12]` is 08, 09, 10. A bracket beside a wildcard is a whole number: `*[1-3]` does not take `gpu-11`.
  *
  * @example A range, a role
@@ -1105,7 +1105,7 @@ function foldNumbers(numbers: readonly string[]): string {
 
 // --- Endpoints ---
 
-/** One place that a node may be reached at: a host without brackets, and the path below which the server's own begin. */
+/** One place where a node may be reached: a host without brackets, and the base path of its server. */
 export type Endpoint = {
   readonly protocol: "http" | "https" | "ssh";
   readonly host: string;
@@ -1113,7 +1113,7 @@ export type Endpoint = {
   readonly path: string;
 };
 
-/** The endpoints of a node's data server: each address at `port`; without one `dataServerUrl`, else `dataServerPort`. */
+/** The endpoints of a node's data server: each address at `port`, if given; else `dataServerUrl` or `dataServerPort`. */
 export function dataEndpoints(node: ClusterNode, port?: number): Endpoint[] {
   const { addresses, dataServerPort, dataServerUrl } = node;
   if (port !== undefined || dataServerUrl === undefined) {
@@ -1128,7 +1128,7 @@ export function dataEndpoints(node: ClusterNode, port?: number): Endpoint[] {
   }];
 }
 
-/** The endpoints of a node's sshd, best first. A port other than 22 is mostly that of a proxy or NAT before `sshHost`. */
+/** The endpoints of a node's sshd, best first. Another port than 22 is mostly that of a proxy before `sshHost`. */
 export function sshEndpoints({ addresses, sshPort }: ClusterNode): Endpoint[] {
   const [first, second] = addresses;
   const at = (host: string, port: number): Endpoint => ({ protocol: "ssh", host, port, path: "" });
@@ -1200,7 +1200,7 @@ export interface StatusDocument {
   readonly [key: string]: unknown;
 }
 
-/** `up`; `unhealthy`: accepted, but gave no usable answer; `down`: no address accepted; `unknown`: could not be checked. */
+/** `up`; `unhealthy`: accepted, but gave no usable answer; `down`: none accepted; `unknown`: could not be checked. */
 export type NodeState = "up" | "unhealthy" | "down" | "unknown";
 
 /** Why a node is not up. `denied` and `local-resource` are faults of this side: the node's state is `unknown`. */
@@ -1399,7 +1399,7 @@ function isAddress(host: string): boolean {
 let lookupsRunning = 0;
 const lookupsWaiting = new Set<() => void>();
 
-/** Waits for a name's lookup, which occupies a thread until it ends, even after the deadline, and holds its slot until then. */
+/** Waits for a name's lookup, which occupies a thread, and so its slot, until it ends, even after the deadline. */
 async function lookUp(name: string, port: number, signal: AbortSignal): Promise<void> {
   // Loaded for names alone: it doubles the time that a program takes to start.
   const { lookup } = await import("node:dns");
@@ -1853,7 +1853,7 @@ async function upProbes(nodes: readonly ClusterNode[], options: SweepOptions): P
   return probes.filter(({ state }) => state === "up");
 }
 
-/** A node that is up, as {@linkcode discoverReachableNodes} gives it; `status` is empty if it answered no JSON object. */
+/** A node that is up, as {@linkcode discoverReachableNodes} gives it; without a JSON object, `status` is empty. */
 export type ReachableNode = { readonly [K in "node" | "status" | "address" | "connectMs"]: NonNullable<NodeProbe[K]> };
 
 /** Options of {@linkcode discoverReachableNodes}. */
@@ -1881,7 +1881,7 @@ export interface WatchOptions extends SweepOptions {
 }
 
 /**
- * Gives each outcome as it is known, and asks each node again `intervalMs` after its last answer, though not before that
+ * Gives each outcome as it is known, and asks each node again `intervalMs` after its last answer, but not before that
  * was taken; one that hangs holds up nobody. When the signal aborts, the loop ends without an error.
  */
 export async function* watchNodes(nodes: Iterable<ClusterNode>, options: WatchOptions = {}): AsyncGenerator<NodeProbe> {
@@ -1994,7 +1994,7 @@ export async function getSyncUrls(options: SyncUrlOptions = {}): Promise<string[
   return await syncUrls({ ...options, excludeSelf }, port, path);
 }
 
-/** The URLs of the Elo database on the nodes that are up: {@linkcode getSyncUrls} at the port of `elo_sync.sync_port`. */
+/** The URLs of the Elo database on the nodes that are up: {@linkcode getSyncUrls} at `elo_sync.sync_port`. */
 export async function getEloSyncUrls(options: SyncUrlOptions = {}): Promise<string[]> {
   options.signal?.throwIfAborted();
   const { config: source, eloSync } = await loadParsed(options.source, { signal: options.signal });
@@ -2066,7 +2066,7 @@ export interface SshOptions {
  * assertEquals(words.join(" "), "ssh -o BatchMode=yes -o ConnectTimeout=10 -p 22 -- ubuntu@100.64.0.1 uptime");
  * ```
  *
- * @throws {TypeError} if the node has no address, or if an option could be taken for something else by ssh or by a shell
+ * @throws {TypeError} if the node has no address, or if ssh or a shell could take an option for something else
  */
 export function sshCommand(
   node: ClusterNode,
@@ -2132,7 +2132,7 @@ export function racedSshEndpoints(node: ClusterNode, options: SshOptions = {}): 
 }
 
 /**
- * The SSH endpoint of a node that greets first, out of several; the first one if none does within two seconds, as behind
+ * The SSH endpoint of a node that greets first, out of several; the first if none does within two seconds, as behind
  * a jump host, or if net access to them is not permitted.
  *
  * @throws {TypeError} if the node has no address
@@ -2300,7 +2300,7 @@ async function runOnNode(
   return result("timeout", `timed out after ${formatMs(timeoutMs)}`);
 }
 
-/** Starts an argument list of {@linkcode sshCommand}, with run permission of ssh and with the streams that are given. */
+/** Starts an argument list of {@linkcode sshCommand} with the streams that are given; needs run permission of ssh. */
 export function spawnSsh(
   [program, ...args]: readonly [string, ...string[]],
   streams: Pick<Deno.CommandOptions, "stdin" | "stdout" | "stderr">,
