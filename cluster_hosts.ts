@@ -1113,7 +1113,7 @@ export type Endpoint = {
   readonly path: string;
 };
 
-/** The endpoints of a node's data server: each address at `port`, if given; else `dataServerUrl` or `dataServerPort`. */
+/** A node's data endpoints: each address at `port`, if given, else `dataServerUrl`, else `dataServerPort`. */
 export function dataEndpoints(node: ClusterNode, port?: number): Endpoint[] {
   const { addresses, dataServerPort, dataServerUrl } = node;
   if (port !== undefined || dataServerUrl === undefined) {
