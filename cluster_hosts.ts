@@ -2232,6 +2232,8 @@ export async function runOnNodes(
   requireDuration("timeoutMs", timeoutMs);
   signal?.throwIfAborted();
   const runs = Array.from(nodes, (node) => ({ node, words: typeof command === "function" ? command(node) : command }));
+  const isNone = ({ words }: { words: readonly string[] }) => !Array.isArray(words) || words.length === 0;
+  if (runs.some(isNone)) throw new TypeError("Cannot run a command that is empty: expected a list of words");
   // What is unsafe in one argument list stops the whole run, before the first ssh starts.
   const problems = new Set(
     runs.map(({ node, words }) => node.bestIp && faultOf(() => sshCommand(node, words, options))),

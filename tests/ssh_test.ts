@@ -647,6 +647,9 @@ Deno.test("sshCommand() and runOnNodes() throw at a fault of the caller, before 
   // One that is unsafe stops them all.
   const command = ({ name }: ClusterNode) => [name === "b" ? "a\0b" : "true"];
   await assertRejects(() => runOnNodes(nodes, command, { concurrency: 1 }), TypeError, "NUL");
+  for (const none of [[], "uptime" as never, ({ name }: ClusterNode) => name === "b" ? [] : ["true"]]) {
+    await assertRejects(() => runOnNodes(nodes, none), TypeError, "empty");
+  }
   assertEquals(server.connections, 0);
 });
 
