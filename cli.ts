@@ -264,13 +264,14 @@ function optionHelp(names: readonly OptionName[], own: Command["help"] = {}): st
 interface Option {
   readonly value?: string;
   readonly expected?: string;
-  /** The value; undefined if it is invalid. A list is added to, if the option is given again. */
+  /** The value; undefined if it is not what is expected. A list is added to, if the option is given again. */
   parse?(text: string): unknown;
   readonly help: string;
   readonly short?: string;
 }
 
-const TEXT = { expected: "a text", parse: (text: string) => text } as const;
+const TEXT = { parse: (text: string) => text } as const;
+const ITEM = { parse: (text: string) => [text] } as const;
 const LIST = { expected: "a comma list", parse: splitList } as const;
 const TIME = { value: "TIME", expected: "seconds, or 500ms, 5s, 2m", parse: parseDuration } as const;
 const PAIR = { value: "KEY=VALUE", expected: "KEY=VALUE" } as const;
@@ -288,7 +289,7 @@ const OPTIONS = {
   role: { ...LIST, value: "ROLE", help: "only nodes of these roles: a,b (default: any)" },
   gpu: { ...LIST, value: "TEXT", help: "only nodes whose GPU contains TEXT (default: any)" },
   status: { ...LIST, value: "STATUS", help: "only nodes of this status (default: active ones)" },
-  exclude: { ...LIST, value: "NODE", help: "not these nodes (default: none)" },
+  exclude: { ...ITEM, value: "NODE", help: "not these nodes (default: none)" },
   where: { ...PAIR, parse: parsePair, help: "only nodes whose entry says this (default: any)" },
   all: { help: "inactive nodes too (default: active ones)" },
   timeout: { ...TIME, short: "t", help: `deadline of each node (default: ${showDuration(DEFAULTS.timeoutMs)})` },
@@ -306,7 +307,7 @@ const OPTIONS = {
   unchecked: { help: "every selected node (default: those that answer)" },
   user: { ...TEXT, value: "NAME", help: "log in as NAME (default: each node's ssh_user)" },
   "connect-timeout": { ...TIME, help: `to connect (default: ${showDuration(DEFAULTS.connectTimeoutMs)})` },
-  "ssh-option": { ...PAIR, parse: (text: string) => [text], help: "as in ssh_config(5); repeatable (default: none)" },
+  "ssh-option": { ...PAIR, parse: ITEM.parse, help: "as in ssh_config(5); repeatable (default: none)" },
   cd: { help: "run it in each node's ringrift_path (default: at home)" },
   stdin: { help: "give each node what comes on stdin (default: nothing)" },
   "dry-run": { help: "print the commands (default: run them)" },
@@ -400,9 +401,8 @@ function parsePair(text: string): [key: string, value: string][] | undefined {
   return key === undefined || value === undefined ? undefined : [[key, value]];
 }
 
-/** At the commas, but for those in brackets: `gpu-[1,3],head`. */
 function splitList(text: string): string[] | undefined {
-  const items = text.split(/,(?![^[]*\])/).map((item) => item.trim()).filter((item) => item !== "");
+  const items = text.split(",").map((item) => item.trim()).filter((item) => item !== "");
   return items.length > 0 ? items : undefined;
 }
 
@@ -1049,7 +1049,7 @@ const WAIT: Command = {
   notes: "Exit code 0: every selected node is up, or --min-up of them; 1: the time is\nover; 2: at once, if the " +
     "nodes that may be checked cannot be enough.",
   examples: ["cluster-hosts wait --timeout 10m", "cluster-hosts wait 'gpu-*' --min-up 75% --tcp --port 22"],
-  needs: (call) => Promise.resolve({ net: select(call).flatMap((node) => dataEndpoints(node, call.flags.port)) }),
+  needs: (call) => ({ net: select(call).flatMap((node) => dataEndpoints(node, call.flags.port)) }),
   async run(call) {
     const { flags, io, inventory: { origin } } = call;
     const nodes = select(call);

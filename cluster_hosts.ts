@@ -1012,16 +1012,15 @@ export function compilePattern(pattern: string): (name: string) => boolean {
     }
   });
   // Once the rest does not fit behind one star, it need not be tried from there again.
-  const fits = (index: number, name: string, at: number, failed: Set<number>): boolean => {
+  const fits = (index: number, name: string, at: number, failed?: Set<number>): boolean => {
     const key = index * (name.length + 1) + at;
-    if (failed.has(key)) return false;
+    if (failed?.has(key)) return false;
     const isFit = parts[index]?.(name, at, (end) => fits(index + 1, name, end, failed)) ?? at === name.length;
-    if (!isFit && stars > 1) failed.add(key);
+    if (!isFit) failed?.add(key);
     return isFit;
   };
-  const stars = tokens.filter((token) => token.startsWith("*")).length;
-  const none = new Set<number>();
-  return (name) => fits(0, name, 0, stars > 1 ? new Set() : none);
+  const hasManyStars = tokens.filter((token) => token.startsWith("*")).length > 1;
+  return (name) => fits(0, name, 0, hasManyStars ? new Set() : undefined);
 }
 
 function textPart(text: string): PatternPart {

@@ -84,7 +84,20 @@ function chunked(text: string, size = 65_536): string {
   return `${OK}Transfer-Encoding: chunked\r\n\r\n${sent}0\r\nTrailer: yes\r\n\r\n`;
 }
 
-const HEADS: readonly (readonly [name: string, head: string, expected: Result])[] = [
+type Answers = readonly (readonly [name: string, answer: string, expected: Result])[];
+
+/** Asserts what reading each answer gives, on a connection that stays open and on one that ends. */
+async function assertReadsAll(read: Read, answers: Answers): Promise<void> {
+  for (const [name, answer, expected] of answers) {
+    await assertReads(read, answer, "open", expected).catch((error) => {
+      throw new Error(`${name}: ${error.message}`);
+    });
+    // What waits on an open connection is an answer that broke off on a closed one.
+    await assertReads(read, answer, "closed", expected === "waits" ? bad("the ") : expected);
+  }
+}
+
+const HEADS: Answers = [
   ["a status line and headers", `${OK}A: 1\r\nb:2\r\n\r\nrest`, body('{"status":200,"headers":{"a":"1","b":"2"}}')],
   ["bare line feeds", "HTTP/1.0 404 Not Found\nA: 1\n\n", body('{"status":404,"headers":{"a":"1"}}')],
   ["no reason phrase", "HTTP/1.1 200\r\n\r\n", body('{"status":200,"headers":{}}')],
@@ -108,13 +121,7 @@ const HEADS: readonly (readonly [name: string, head: string, expected: Result])[
 ];
 
 Deno.test("readHead() reads a head, however it is cut, and refuses at once what is not one", async () => {
-  for (const [name, head, expected] of HEADS) {
-    await assertReads(readHead, head, "open", expected).catch((error) => {
-      throw new Error(`${name}: ${error.message}`);
-    });
-    // What waits on an open connection is an answer that broke off on a closed one.
-    await assertReads(readHead, head, "closed", expected === "waits" ? bad("the ") : expected);
-  }
+  await assertReadsAll(readHead, HEADS);
 });
 
 Deno.test("readHead() leaves what comes after the head", async () => {
@@ -135,7 +142,7 @@ Deno.test("readHead() refuses more than 64 KiB, in one header, in many, or in an
   for (const head of heads) await assertReads(readHead, head, "open", TOO_LARGE);
 });
 
-const CHUNKS: readonly (readonly [name: string, chunks: string, expected: Result])[] = [
+const CHUNKS: Answers = [
   ["one chunk", "3\r\nabc\r\n0\r\n\r\n", body("abc")],
   ["two chunks, an extension, a trailer", "A;n=v\r\n0123456789\r\n1\r\nx\r\n0\r\nT: y\r\n\r\n", body("0123456789x")],
   ["bare line feeds", "3\nabc\n0\n\n", body("abc")],
@@ -155,12 +162,7 @@ const CHUNKS: readonly (readonly [name: string, chunks: string, expected: Result
 ];
 
 Deno.test("readChunks() puts chunks together, however they are cut, and refuses what are none", async () => {
-  for (const [name, chunks, expected] of CHUNKS) {
-    await assertReads(readChunks, chunks, "open", expected).catch((error) => {
-      throw new Error(`${name}: ${error.message}`);
-    });
-    await assertReads(readChunks, chunks, "closed", expected === "waits" ? bad("the ") : expected);
-  }
+  await assertReadsAll(readChunks, CHUNKS);
 });
 
 async function readWhole(reader: ResponseReader): Promise<Uint8Array> {
