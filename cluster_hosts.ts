@@ -37,10 +37,10 @@ export const DEFAULTS = {
 
 /** The next endpoint of a node is tried if the one before has not answered by then, as in RFC 8305. */
 const FALLBACK_DELAY_MS = 250;
-/** How many nodes a sweep starts with, and how many more it may have under way after each interval. */
+/** How many nodes a sweep starts with, and how many more it may have under way after each tick. */
 const INITIAL_CONCURRENCY = 64;
 const MAX_GROWTH = 1000;
-const RAMP_INTERVAL_MS = 10;
+const TICK_MS = 10;
 /** More lookups than this would fill Deno's pool of blocking threads, on which file reads wait too. */
 const MAX_LOOKUPS = 16;
 const MAX_HEAD_BYTES = 64 * 1024;
@@ -1291,25 +1291,18 @@ function requireCount(name: string, count: number, least: number, most = 2 ** 31
 
 const STATE_RANK: Readonly<Record<NodeState, number>> = { up: 3, unhealthy: 2, unknown: 1, down: 0 };
 
-/** Checks one node until its deadline, or until `controller` is aborted with a {@linkcode timeoutError}. */
+/** Checks one node, until `controller` is aborted: at its deadline, with a {@linkcode timeoutError}. */
 async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: AbortController): Promise<NodeProbe> {
   const unchecked = uncheckedProbe(node, settings.port);
-  const path = statusPath(node, settings);
-  const timer = setTimeout(() => controller.abort(timeoutError(settings.timeoutMs)), settings.timeoutMs);
-  try {
-    const attempt = async (endpoint: Endpoint): Promise<NodeProbe> => {
-      const outcome = await probeEndpoint(endpoint, path, settings, controller.signal);
-      return { ...unchecked, endpoint, port: endpoint.port, ...outcome };
-    };
-    const outcomes = await raceEndpoints(unchecked.endpoints, attempt, ({ state }) => state === "up", controller);
-    const [best = unchecked] = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state]);
-    if (outcomes.length < 2 || best.connectMs !== undefined) return best;
-    if (outcomes.every(({ failure }) => failure!.message === best.failure!.message)) return best;
-    const messages = outcomes.map((it) => `${hostPort(it.endpoint!.host, it.port)}: ${it.failure!.message}`);
-    return { ...best, failure: { code: best.failure!.code, message: messages.join("; ") } };
-  } finally {
-    clearTimeout(timer);
-  }
+  const { endpoints } = unchecked;
+  const attempt = (endpoint: Endpoint) => probeEndpoint(unchecked, endpoint, settings, controller.signal);
+  if (endpoints.length === 1) return await attempt(endpoints[0]!);
+  const outcomes = await raceEndpoints(endpoints, attempt, ({ state }) => state === "up", controller);
+  const [best = unchecked] = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state]);
+  const isOneReason = outcomes.every(({ failure }) => failure?.message === best.failure?.message);
+  if (best.connectMs !== undefined || isOneReason) return best;
+  const messages = outcomes.map((it) => `${hostPort(it.endpoint!.host, it.port)}: ${it.failure!.message}`);
+  return { ...best, failure: { code: best.failure!.code, message: messages.join("; ") } };
 }
 
 /** What there is to say of a node that was not checked, for want of an address. */
@@ -1338,7 +1331,6 @@ async function raceEndpoints<T>(
   hasWon: (outcome: T) => boolean,
   controller: AbortController,
 ): Promise<T[]> {
-  if (endpoints.length === 1) return [await attempt(endpoints[0]!)];
   const attempts: Promise<T>[] = [];
   for (const endpoint of endpoints) {
     if (controller.signal.aborted) break;
@@ -1359,36 +1351,40 @@ async function settledOrAfter(promise: Promise<unknown>, ms: number): Promise<vo
 }
 
 async function probeEndpoint(
+  unchecked: NodeProbe,
   endpoint: Endpoint,
-  path: string,
-  { check, isNetOpen }: ProbeSettings,
+  settings: ProbeSettings,
   signal: AbortSignal,
-): Promise<Partial<NodeProbe>> {
+): Promise<NodeProbe> {
   const { host, port } = endpoint;
+  const path = statusPath(unchecked.node, settings);
   const started = performance.now();
-  let accepted: { address: string; connectMs: number } | undefined;
+  const probe: { -readonly [K in keyof NodeProbe]: NodeProbe[K] } = { ...unchecked, endpoint, port };
   try {
-    if (!isNetOpen) requireNet(host, port);
+    if (!settings.isNetOpen) requireNet(host, port);
     const conn = await connect(endpoint, signal);
-    accepted = { address: host, connectMs: performance.now() - started };
-    if (check === "tcp") {
-      conn.close();
-      return { state: "up", ...accepted, failure: undefined };
+    probe.address = host;
+    probe.connectMs = performance.now() - started;
+    if (settings.check === "tcp") conn.close();
+    else {
+      probe.status = await requestStatus(conn, endpoint, path, signal);
+      probe.responseMs = performance.now() - started;
     }
-    const status = await requestStatus(conn, endpoint, path, signal);
-    return { state: "up", ...accepted, responseMs: performance.now() - started, status, failure: undefined };
+    probe.state = "up";
+    probe.failure = undefined;
   } catch (error) {
     const fault = signal.aborted && !(error instanceof ProbeFault) ? signal.reason : error;
-    const failure = probeFailure(fault, accepted && endpoint.path + path);
-    const isLocal = failure.code === "denied" || failure.code === "local-resource";
-    return { state: accepted ? "unhealthy" : isLocal ? "unknown" : "down", ...accepted, failure };
+    probe.failure = probeFailure(fault, probe.address && endpoint.path + path);
+    const isLocal = probe.failure.code === "denied" || probe.failure.code === "local-resource";
+    probe.state = probe.address ? "unhealthy" : isLocal ? "unknown" : "down";
   }
+  return probe;
 }
 
 /** Connects by the name, if it is one: Deno races its addresses, and the permission is the one for the name. */
-async function connect({ host, port }: Endpoint, signal: AbortSignal): Promise<Deno.TcpConn> {
-  if (!isAddress(host)) await lookUp(host, port, signal);
-  return await Deno.connect({ hostname: host, port, signal });
+function connect({ host, port }: Endpoint, signal: AbortSignal): Promise<Deno.TcpConn> {
+  const direct = () => Deno.connect({ hostname: host, port, signal });
+  return isAddress(host) ? direct() : lookUp(host, port, signal).then(direct);
 }
 
 function isAddress(host: string): boolean {
@@ -1668,8 +1664,10 @@ class ProbePool {
   isOver = false;
   readonly #settings: ProbeSettings;
   readonly #done = Promise.withResolvers<void>();
-  readonly #running = new Set<AbortController>();
-  readonly #timers = new Set<ReturnType<typeof setTimeout>>();
+  /** What is under way, the oldest first, and when its time is over. */
+  readonly #running = new Map<AbortController, number>();
+  /** When those nodes are probed again that have been; by index. */
+  readonly #waiting = new Map<number, number>();
   /** The indexes of the nodes; those from `#next` on have yet to be probed. */
   readonly #queue: number[];
   #next = 0;
@@ -1678,7 +1676,6 @@ class ProbePool {
   #maxLimit: number;
   readonly #lookedUp = new Set<number>();
   #endedLately = 0;
-  #isRamping = false;
 
   constructor(
     readonly nodes: readonly ClusterNode[],
@@ -1697,21 +1694,22 @@ class ProbePool {
     const { signal } = this.options;
     signal?.throwIfAborted();
     openSignalSockets();
-    // One listener for the whole call: with one for each node, to remove them would take longer than to connect.
+    // One listener and one timer for the whole call: one of each for a node would take longer than to connect.
     const abort = () => this.#done.reject(signal?.reason);
     signal?.addEventListener("abort", abort);
+    const timer = setInterval(() => this.#tick(), TICK_MS);
     this.#pump();
     await this.#done.promise.finally(() => {
+      clearInterval(timer);
       signal?.removeEventListener("abort", abort);
       this.finish();
       this.cutOff(new DOMException("The call has ended", "AbortError"));
-      for (const timer of this.#timers) clearTimeout(timer);
     });
   }
 
   /** Probes a node again, after `afterMs`. */
   add(index: number, afterMs: number): void {
-    this.#after(afterMs, () => this.#queue.push(index));
+    this.#waiting.set(index, performance.now() + afterMs);
   }
 
   /** Ends {@linkcode run}: nothing more is started or reported. */
@@ -1724,18 +1722,24 @@ class ProbePool {
   /** Starts nothing more, aborts what is under way, and ends {@linkcode run} when the outcomes of that are known. */
   cutOff(reason: DOMException): void {
     this.isOver = true;
-    for (const controller of this.#running) controller.abort(reason);
+    for (const controller of this.#running.keys()) controller.abort(reason);
     if (this.#running.size === 0) this.finish();
   }
 
-  #after(ms: number, change: () => void): void {
-    if (this.isOver) return;
-    const timer = setTimeout(() => {
-      this.#timers.delete(timer);
-      change();
-      this.#pump();
-    }, Math.max(0, ms));
-    this.#timers.add(timer);
+  #tick(): void {
+    const nowMs = performance.now();
+    for (const [controller, endMs] of this.#running) {
+      if (endMs > nowMs) break;
+      controller.abort(timeoutError(this.#settings.timeoutMs));
+    }
+    for (const [index, dueMs] of this.#waiting) {
+      if (dueMs <= nowMs && this.#waiting.delete(index)) this.#queue.push(index);
+    }
+    // If as many have ended as may be under way, more of them at once would only be slower.
+    const isSlow = this.#endedLately < this.#limit && this.#queue.length > 0;
+    if (isSlow) this.#limit = Math.min(this.#maxLimit, this.#limit + Math.min(this.#limit, MAX_GROWTH));
+    this.#endedLately = 0;
+    this.#pump();
   }
 
   #pump(): void {
@@ -1744,22 +1748,11 @@ class ProbePool {
     }
     // What was started is forgotten, or a watch would fill the queue without end.
     if (this.#next === this.#queue.length) this.#next = this.#queue.length = 0;
-    if (this.#isRamping || this.#queue.length === 0) return;
-    this.#isRamping = true;
-    this.#after(RAMP_INTERVAL_MS, () => this.#ramp());
-  }
-
-  #ramp(): void {
-    this.#isRamping = false;
-    // If as many have ended as may be under way, more of them at once would only be slower.
-    const isSlow = this.#endedLately < this.#limit;
-    if (isSlow) this.#limit = Math.min(this.#maxLimit, this.#limit + Math.min(this.#limit, MAX_GROWTH));
-    this.#endedLately = 0;
   }
 
   async #probe(index: number): Promise<void> {
     const controller = new AbortController();
-    this.#running.add(controller);
+    this.#running.set(controller, performance.now() + this.#settings.timeoutMs);
     const probe = await probeOne(this.nodes[index]!, this.#settings, controller);
     this.#running.delete(controller);
     this.#endedLately++;
