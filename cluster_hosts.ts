@@ -1707,9 +1707,9 @@ class ProbePool {
     });
   }
 
-  /** Probes a node again, after `afterMs`. */
-  add(index: number, afterMs: number): void {
-    this.#waiting.set(index, performance.now() + afterMs);
+  /** Probes a node again, at a time of `performance.now()`. */
+  add(index: number, dueMs: number): void {
+    this.#waiting.set(index, dueMs);
   }
 
   /** Ends {@linkcode run}: nothing more is started or reported. */
@@ -1879,27 +1879,24 @@ export interface WatchOptions extends SweepOptions {
 export async function* watchNodes(nodes: Iterable<ClusterNode>, options: WatchOptions = {}): AsyncGenerator<NodeProbe> {
   const { intervalMs = DEFAULTS.watchIntervalMs, signal } = options;
   requireDuration("intervalMs", intervalMs);
-  const outcomes: { probe: NodeProbe; index: number; atMs: number }[] = [];
-  let wake = () => {};
-  let end: { readonly error?: unknown } | undefined;
-  const pool = new ProbePool([...nodes], options, (probe, index) => {
-    outcomes.push({ probe, index, atMs: performance.now() });
-    options.onProbe?.(probe);
-    wake();
+  let pool: ProbePool;
+  const outcomes = new ReadableStream<{ probe: NodeProbe; index: number; dueMs: number }>({
+    start(stream) {
+      pool = new ProbePool([...nodes], options, (probe, index) => {
+        stream.enqueue({ probe, index, dueMs: performance.now() + intervalMs });
+        options.onProbe?.(probe);
+      });
+      pool.run().catch((error) => stream.error(error));
+    },
+    cancel: () => pool.finish(),
   });
-  const running = pool.run().then(() => end = {}, (error) => end = { error }).then(() => wake());
   try {
-    while (!signal?.aborted) {
-      const next = outcomes.shift();
-      if (next) {
-        yield next.probe;
-        pool.add(next.index, next.atMs + intervalMs - performance.now());
-      } else if (end) throw end.error;
-      else await new Promise<void>((resolve) => wake = resolve);
+    for await (const { probe, index, dueMs } of outcomes) {
+      yield probe;
+      pool!.add(index, dueMs);
     }
-  } finally {
-    pool.finish();
-    await running;
+  } catch (error) {
+    if (!signal?.aborted) throw error;
   }
 }
 
@@ -1934,10 +1931,11 @@ export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOp
     last[index] = probe;
     options.onProbe?.(probe);
     // The closer to the deadline, the sooner again, so that none is missed that comes up before it.
-    const leftMs = Math.max(100, endMs - performance.now());
+    const nowMs = performance.now();
+    const afterMs = Math.min(intervalMs, Math.max(50, (endMs - nowMs) / 2));
     const mayBeChecked = probe.failure?.code !== "denied" ||
       probe.endpoints.some((it) => isNetGranted(it.host, it.port));
-    if (mayBeChecked) pool.add(index, Math.min(intervalMs, leftMs / 2));
+    if (mayBeChecked) pool.add(index, nowMs + afterMs);
     else if (denied.push(probe) > list.length - minUp) throwIfDenied(denied);
     if (up >= minUp) pool.finish();
   });
