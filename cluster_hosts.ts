@@ -45,7 +45,7 @@ const TICK_MS = 10;
 const MAX_LOOKUPS = 16;
 const MAX_HEAD_BYTES = 64 * 1024;
 const MAX_BODY_BYTES = 1024 * 1024;
-const MAX_STATUS_DEPTH = 100;
+const MAX_DEPTH = 100;
 const MAX_OUTPUT_LENGTH = 1024 * 1024;
 /** How many values an inventory may hold beyond its own characters, each alias counted at each of its places. */
 const MAX_ALIASED_VALUES = 1_000_000;
@@ -182,7 +182,11 @@ const HOST_FIELDS = {
 const ELO_SYNC_FIELDS = {
   coordinator: { key: "coordinator", parse: parseText, fallback: "mac-studio" },
   syncPort: { key: "sync_port", parse: parsePort, fallback: ELO_SYNC_PORT },
-  syncInterval: { key: "sync_interval", parse: parseInterval, fallback: 300 },
+  syncInterval: {
+    key: "sync_interval",
+    parse: (value) => parseAmount(value) || invalid("expected more than 0"),
+    fallback: 300,
+  },
   divergenceThreshold: { key: "divergence_threshold", parse: parseAmount, fallback: 50 },
   transports: { key: "transports", parse: parseTexts, fallback: ["tailscale", "aria2", "http"] },
 } satisfies { [K in keyof EloSyncConfig]: Field<EloSyncConfig[K]> };
@@ -198,27 +202,26 @@ type FieldTable = Readonly<Record<string, Field<unknown>>>;
 /** What is wrong with one field, as {@linkcode ClusterNode} calls it, and as the inventory does. */
 type FieldProblem = { readonly name: string; readonly key: string; readonly message: string };
 
-/** The values of a table's fields, the fallback of each that is unset, and the problems of those that are invalid. */
-function parseFields<T>(table: FieldTable, valueOf: (name: string, key: string) => unknown) {
-  const values: Record<string, unknown> = {};
+/** Sets a table's fields in `target`, what is unset to its fallback; gives the problems of those that are invalid. */
+function parseFields(table: FieldTable, target: object, valueOf: (name: string, key: string) => unknown) {
   const problems: FieldProblem[] = [];
   for (const name in table) {
     const { key, parse, fallback } = table[name]!;
     const value = valueOf(name, key);
-    values[name] = fallback;
     try {
-      if (!isUnset(value)) values[name] = parse(typeof value === "string" ? value.trim() : value);
+      const parsed = isUnset(value) ? fallback : parse(typeof value === "string" ? value.trim() : value);
+      (target as Record<string, unknown>)[name] = parsed;
     } catch (error) {
       problems.push({ name, key, message: invalidText(error) });
     }
   }
-  return { values: values as T, problems };
+  return problems;
 }
 
 /** What is wrong with one value, or with a file as a whole. It names what is expected, never the value. */
 class InvalidValue extends Error {
-  constructor(message: string, readonly place: Pick<ConfigProblem, "line" | "column"> = {}, options?: ErrorOptions) {
-    super(message, options);
+  constructor(message: string, cause?: unknown, readonly place: Pick<ConfigProblem, "line" | "column"> = {}) {
+    super(message, { cause });
   }
 }
 
@@ -247,10 +250,8 @@ function parseText(value: unknown): string {
 }
 
 function parseTexts(value: unknown): readonly string[] {
-  if (Array.isArray(value) && value.every((item) => typeof item === "string")) return value;
-  return invalid(
-    `expected a list of strings, got ${Array.isArray(value) ? "a list of something else" : typeName(value)}`,
-  );
+  const isList = Array.isArray(value) && value.every((item) => typeof item === "string");
+  return isList ? value : invalid("expected a list of strings");
 }
 
 // Spelt out, since a class such as \p{Cf} takes longer to compile than a small inventory takes to load.
@@ -298,34 +299,25 @@ function parseUser(value: unknown): string {
 function parsePort(value: unknown): number {
   const port = typeof value === "string" && /^\d{1,5}$/.test(value) ? Number(value) : value;
   if (typeof port === "number" && Number.isInteger(port) && port >= 1 && port <= 65535) return port;
-  return invalid(`expected an integer from 1 to 65535, got ${otherThan(value)}`);
+  return invalid("expected an integer from 1 to 65535");
 }
 
 function parseAmount(value: unknown): number {
   const amount = typeof value === "string" ? Number(value) : value;
   if (typeof amount === "number" && Number.isFinite(amount) && amount >= 0) return amount;
-  return invalid(`expected a number, 0 or more, got ${otherThan(value)}`);
-}
-
-function otherThan(value: unknown): string {
-  return typeof value === "number" ? "another number" : typeName(value);
-}
-
-function parseInterval(value: unknown): number {
-  return parseAmount(value) || invalid("expected more than 0");
+  return invalid("expected a number, 0 or more");
 }
 
 /** A base URL in one spelling, so that one server is one URL. */
 function parseBaseUrl(value: unknown): string {
-  const expected = "expected a URL that begins with http:// or https://";
   const text = parseText(value);
-  if (!/^https?:\/\//i.test(text) || !URL.canParse(text)) invalid(expected);
-  if (/[\s"'`<>\\]/.test(text)) invalid(`${expected}, without spaces or quotes`);
-  const { protocol, host, port, pathname, username, password } = new URL(text);
-  if (port === "0") invalid("expected a port from 1 to 65535");
-  if (username || password) invalid(`${expected}, without user and password`);
-  if (/[?#]/.test(text)) invalid(`${expected}, without query and fragment`);
-  return `${protocol}//${host}${pathname.replace(/\/+$/, "")}`;
+  const url = /^https?:\/\/[^\s"'`<>\\?#]*$/i.test(text) && URL.canParse(text) ? new URL(text) : undefined;
+  if (url && url.port !== "0" && !url.username && !url.password) {
+    return `${url.protocol}//${url.host}${url.pathname.replace(/\/+$/, "")}`;
+  }
+  return invalid(
+    "expected a URL that begins with http:// or https://, without user, query, fragment, spaces or quotes",
+  );
 }
 
 function parsePath(value: unknown): string {
@@ -385,7 +377,7 @@ export class ClusterNode {
   /** Makes a node; `null` and a blank string mean unset. Throws one `TypeError` that lists every invalid field. */
   constructor(fields: ClusterNodeFields) {
     const { name, entry = {} } = fields;
-    const { values, problems } = parseFields<object>(HOST_FIELDS, (key) => fields[key as keyof ClusterNodeFields]);
+    const problems = parseFields(HOST_FIELDS, this, (key) => fields[key as keyof ClusterNodeFields]);
     if (typeof name !== "string" || name.trim() === "" || CONTROL_TEXT.test(name)) {
       problems.unshift({ name: "name", key: "", message: "a host's name is blank or has control characters" });
     }
@@ -394,7 +386,6 @@ export class ClusterNode {
       throw new TypeError(`Cannot make node ${JSON.stringify(name)}: ${list}`, { cause: problems });
     }
     this.name = name;
-    Object.assign(this, values);
     this.sshUser ??= splitUser(this.sshHost ?? "").user ?? "ubuntu";
     this.entry = entry;
   }
@@ -499,9 +490,9 @@ async function readFile(origin: string): Promise<Uint8Array> {
   try {
     return await Deno.readFile(path);
   } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return invalid("there is no such file", {}, { cause: error });
+    if (error instanceof Deno.errors.NotFound) return invalid("there is no such file", error);
     const isFolder = error instanceof Deno.errors.IsADirectory || /os error 21\b/.test(String(error));
-    return invalid(isFolder ? "is a folder, not a file" : `cannot be read (${errorText(error)})`, {}, { cause: error });
+    return invalid(isFolder ? "is a folder, not a file" : `cannot be read (${errorText(error)})`, error);
   }
 }
 
@@ -513,23 +504,21 @@ async function fetchConfig(url: string, options: LoadOptions): Promise<Uint8Arra
   requireNet(withoutBrackets(hostname), Number(port) || DEFAULT_PORTS[protocol]!);
   const deadline = AbortSignal.timeout(timeoutMs);
   const ended = signal ? AbortSignal.any([deadline, signal]) : deadline;
-  let status: number;
   try {
     // A redirect could lead to a host for which no permission was given, and then Deno would ask.
     const response = await fetch(url, { redirect: "manual", signal: ended });
-    if (response.status === 200) return await response.bytes();
-    status = response.status;
+    const { status } = response;
+    if (status === 200) return await response.bytes();
     await response.body?.cancel();
+    const hint = status >= 300 && status < 400 ? ", a redirect: use the URL it leads to" : "";
+    return invalid(`answered HTTP ${status}${hint}`);
   } catch (error) {
     signal?.throwIfAborted();
-    if (deadline.aborted) return invalid(`did not answer within ${formatMs(timeoutMs)}`, {}, { cause: error });
+    if (error instanceof InvalidValue) throw error;
+    if (deadline.aborted) return invalid(`did not answer within ${formatMs(timeoutMs)}`, error);
     // What is behind the last colon is the reason; before it stands the URL again.
-    return invalid(tlsFault(error) ?? `cannot be fetched (${causeText(error).split(": ").at(-1)})`, {}, {
-      cause: error,
-    });
+    return invalid(tlsFault(error) ?? `cannot be fetched (${causeText(error).split(": ").at(-1)})`, error);
   }
-  const hint = status >= 300 && status < 400 ? ", a redirect: use the URL it leads to" : "";
-  return invalid(`answered HTTP ${status}${hint}`);
 }
 
 function decodeConfig(bytes: Uint8Array): string {
@@ -537,7 +526,7 @@ function decodeConfig(bytes: Uint8Array): string {
     return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch (error) {
     const isUtf16 = [0xfffe, 0xfeff].includes(256 * bytes[0]! + bytes[1]!);
-    return invalid(`is ${isUtf16 ? "UTF-16" : "not UTF-8"}: save it as UTF-8`, {}, { cause: error });
+    return invalid(`is ${isUtf16 ? "UTF-16" : "not UTF-8"}: save it as UTF-8`, error);
   }
 }
 
@@ -582,7 +571,7 @@ async function loadParsed(source?: ConfigSource, options: LoadOptions = {}): Pro
     return parseConfigText(text, origin);
   }
   const parse = (problems: ConfigProblem[]) =>
-    treeSize(source) === Infinity ? invalid("holds itself") : parseDocument(source, problems);
+    treeSize(source) === Infinity ? invalid("holds itself, or is nested too deeply") : parseDocument(source, problems);
   const parsed = parsedConfigs.get(source) ?? withoutProblems("config object", "", parse);
   for (const config of [source, parsed.config]) parsedConfigs.set(config, parsed);
   return parsed;
@@ -632,12 +621,12 @@ function parseYaml(text: string): unknown {
   if (/^\s*<[!?a-z]/i.test(text)) invalid("is HTML or XML, not YAML");
   if (text.includes("\0")) invalid("holds a NUL character: is it a text file?");
   const line = findTab(text);
-  if (line) invalid("is not valid YAML: a tab in the indentation; use spaces", { line, column: 1 });
+  if (line) invalid("is not valid YAML: a tab in the indentation; use spaces", undefined, { line, column: 1 });
   try {
     // The core schema has no merge keys, which @std/yaml expands without a bound, and leaves dates as written.
     const document: unknown = parse(text, { schema: "core" });
     if (!text.includes("&") && !text.includes("<<")) return document;
-    if (treeSize(document) > text.length + MAX_ALIASED_VALUES) invalid("has aliases that make it endless");
+    if (treeSize(document) > text.length + MAX_ALIASED_VALUES) invalid("has aliases that make it endless or too deep");
     return mergeKeys(document);
   } catch (error) {
     if (error instanceof RangeError) return invalid("is nested too deeply");
@@ -657,14 +646,14 @@ function findTab(text: string): number | undefined {
   }
 }
 
-/** How many values a document holds, an alias counted at each of its places; infinite if one holds itself. */
-function treeSize(value: unknown, sizes = new Map<object, number>()): number {
+/** How many values a tree holds, an alias counted at each of its places; infinite if one holds itself, or is too deep. */
+function treeSize(value: unknown, levels = MAX_DEPTH, sizes = new Map<object, number>()): number {
   if (typeof value !== "object" || value === null) return 1;
   const known = sizes.get(value);
-  if (known !== undefined) return known;
+  if (known !== undefined || levels === 0) return known ?? Infinity;
   sizes.set(value, Infinity);
   let size = 1;
-  for (const child of Object.values(value)) size += treeSize(child, sizes);
+  for (const child of Object.values(value)) size += treeSize(child, levels - 1, sizes);
   sizes.set(value, size);
   return size;
 }
@@ -690,7 +679,7 @@ function syntaxFault(error: SyntaxError): InvalidValue {
   // After the reason, the message shows the source; at its end, quoted, come names out of the source.
   const reason = error.message.split(/ at line \d+, column \d+|\n/, 1)[0]!.replace(/ (?:"|!<).*/s, "");
   const place = line === undefined || column === undefined ? {} : { line, column };
-  return new InvalidValue(`is not valid YAML: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}`, place);
+  return new InvalidValue(`is not valid YAML: ${reason.charAt(0).toLowerCase()}${reason.slice(1)}`, undefined, place);
 }
 
 /** Parses what the toolkit uses of a document, and adds everything that is wrong with that to `problems`. */
@@ -709,10 +698,11 @@ function parseDocument(document: unknown, problems: ConfigProblem[]) {
 }
 
 function parseSection<T>(path: string, section: unknown, table: FieldTable, problems: ConfigProblem[]): T {
-  const mapping = isMapping(section) ? section : {};
-  const { values, problems: found } = parseFields<T>(table, (_, key) => ownValue(mapping, key));
-  for (const { key, message } of found) problems.push({ path: `${path}.${key}`, message });
-  return values;
+  const [mapping, values] = [isMapping(section) ? section : {}, {}];
+  for (const { key, message } of parseFields(table, values, (_, key) => ownValue(mapping, key))) {
+    problems.push({ path: `${path}.${key}`, message });
+  }
+  return values as T;
 }
 
 type NodeDefaults = Pick<ClusterNodeFields, keyof typeof DISTRIBUTED_FIELDS>;
@@ -1273,7 +1263,7 @@ function requireValid<T>(name: string, value: T, parseValue: (value: unknown) =>
       throw new TypeError(`${fault}expected a ${typeof parseValue(value)} without blanks or brackets`);
     }
   } catch (error) {
-    const message = fault + invalidText(error).replace(/, got .*/, "");
+    const message = fault + invalidText(error);
     throw typeof value === "number" ? new RangeError(message) : new TypeError(message);
   }
 }
@@ -1295,9 +1285,14 @@ const STATE_RANK: Readonly<Record<NodeState, number>> = { up: 3, unhealthy: 2, u
 async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: AbortController): Promise<NodeProbe> {
   const unchecked = uncheckedProbe(node, settings.port);
   const { endpoints } = unchecked;
-  const attempt = (endpoint: Endpoint) => probeEndpoint(unchecked, endpoint, settings, controller.signal);
-  if (endpoints.length === 1) return await attempt(endpoints[0]!);
-  const outcomes = await raceEndpoints(endpoints, attempt, ({ state }) => state === "up", controller);
+  const check = (endpoint: Endpoint) => probeEndpoint(unchecked, endpoint, settings, controller.signal);
+  if (endpoints.length === 1) return await check(endpoints[0]!);
+  const attempt = async (endpoint: Endpoint) => {
+    const probe = await check(endpoint);
+    if (probe.state === "up") controller.abort();
+    return probe;
+  };
+  const outcomes = await raceEndpoints(endpoints, attempt, controller.signal);
   const [best = unchecked] = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state]);
   const isOneReason = outcomes.every(({ failure }) => failure?.message === best.failure?.message);
   if (best.connectMs !== undefined || isOneReason) return best;
@@ -1324,22 +1319,17 @@ function formatMs(ms: number): string {
   return ms < 1000 ? `${Math.round(ms)} ms` : `${Number((ms / 1000).toFixed(2))} s`;
 }
 
-/** Tries endpoints best first, the next one at a failure or after a moment, until one wins; gives the outcomes. */
+/** Tries endpoints best first, the next one at a failure or after a moment, until the signal aborts. */
 async function raceEndpoints<T>(
   endpoints: readonly Endpoint[],
   attempt: (endpoint: Endpoint) => Promise<T>,
-  hasWon: (outcome: T) => boolean,
-  controller: AbortController,
+  signal: AbortSignal,
 ): Promise<T[]> {
   const attempts: Promise<T>[] = [];
   for (const endpoint of endpoints) {
-    if (controller.signal.aborted) break;
-    const outcome = attempt(endpoint).then((outcome) => {
-      if (hasWon(outcome)) controller.abort();
-      return outcome;
-    });
-    attempts.push(outcome);
-    if (attempts.length < endpoints.length) await settledOrAfter(outcome, FALLBACK_DELAY_MS);
+    if (signal.aborted) break;
+    attempts.push(attempt(endpoint));
+    await settledOrAfter(attempts.at(-1)!, FALLBACK_DELAY_MS);
   }
   return await Promise.all(attempts);
 }
@@ -1514,6 +1504,7 @@ function tooLarge(what: string, maxBytes: number): ProbeFault {
 type Bytes = Uint8Array<ArrayBuffer>;
 
 const LATIN1 = new TextDecoder("latin1");
+const LINE_END = /\r?\n/;
 
 /** Reads an answer piece by piece, never more than it may have. Exported for the tests. */
 export class ResponseReader {
@@ -1552,14 +1543,15 @@ export class ResponseReader {
     if (!await this.fill()) throw badResponse("the answer ended before it was complete");
   }
 
-  /** Takes a line of at most `maxBytes`, without its end; a longer one belongs to a head that is too large. */
-  async line(maxBytes: number, tooLong = () => tooLarge("the head of the answer", MAX_HEAD_BYTES)): Promise<string> {
-    for (let searched = 0;;) {
-      const at = this.pending.indexOf(10, searched);
-      searched = this.pending.length;
-      if (at > maxBytes || (at < 0 && searched > maxBytes)) throw tooLong();
-      if (at >= 0) return LATIN1.decode(this.#cut(at + 1)).trimEnd();
-      await this.#fillOrFail();
+  /** Takes the text before an end, and that end; a text of more than `maxBytes` is too long. */
+  async until(end: RegExp, maxBytes: number, tooLong = () => tooLarge("the head of the answer", MAX_HEAD_BYTES)) {
+    for (;; await this.#fillOrFail()) {
+      const text = LATIN1.decode(this.pending.subarray(0, maxBytes + 4));
+      const found = end.exec(text);
+      if (text.length > maxBytes && (!found || found.index > maxBytes)) throw tooLong();
+      if (!found) continue;
+      this.#cut(found.index + found[0].length);
+      return text.slice(0, found.index);
     }
   }
 
@@ -1573,34 +1565,28 @@ export class ResponseReader {
 /** Reads the head that counts: answers 1xx may come before it, and share its limit. Exported for the tests. */
 export async function readHead(reader: ResponseReader): Promise<{ status: number; headers: Map<string, string> }> {
   for (let budget = MAX_HEAD_BYTES;;) {
-    await requireHttp(reader);
-    const headers = new Map<string, string>();
-    const start = await reader.line(budget);
-    budget -= start.length;
-    const status = Number(/^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(start)?.[1]);
+    for (let start; (start = LATIN1.decode(reader.pending.subarray(0, 5))) !== "HTTP/";) {
+      // What is not HTTP is refused at its first byte that differs, however few come.
+      if (!"HTTP/".startsWith(start)) throw badResponse("the answer is not HTTP");
+      if (!await reader.fill()) throw badResponse("the connection was closed without an answer");
+    }
+    const head = await reader.until(/\r?\n\r?\n/, budget);
+    budget -= head.length;
+    const status = Number(/^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(head)?.[1]);
     if (!status) throw badResponse("the answer is not HTTP/1");
-    for (let line; (line = await reader.line(budget)) !== ""; budget -= line.length + 2) addHeader(headers, line);
-    if (status >= 200) return { status, headers };
+    if (status >= 200) return { status, headers: parseHeaders(head) };
   }
 }
 
-/** Refuses what is not HTTP at its first byte that differs, however few come. */
-async function requireHttp(reader: ResponseReader): Promise<void> {
-  for (;;) {
-    const start = LATIN1.decode(reader.pending.subarray(0, 5));
-    if (!"HTTP/".startsWith(start)) throw badResponse("the answer is not HTTP");
-    if (start.length === 5) return;
-    if (!await reader.fill()) throw badResponse("the connection was closed without an answer");
+function parseHeaders(head: string): Map<string, string> {
+  const headers = new Map<string, string>();
+  for (const [, field = "", text = ""] of head.matchAll(/\n([^:\n]+):([^\n]*)/g)) {
+    const [name, value] = [field.toLowerCase(), text.trim()];
+    const isOther = name === "content-length" && (headers.get(name) ?? value) !== value;
+    if (isOther) throw badResponse("two Content-Length that differ");
+    headers.set(name, value);
   }
-}
-
-function addHeader(headers: Map<string, string>, line: string): void {
-  const colon = line.indexOf(":");
-  if (colon <= 0) return;
-  const [name, value] = [line.slice(0, colon).toLowerCase(), line.slice(colon + 1).trim()];
-  const isOther = name === "content-length" && (headers.get(name) ?? value) !== value;
-  if (isOther) throw badResponse("two Content-Length that differ");
-  headers.set(name, value);
+  return headers;
 }
 
 /** Reads a body whose end its headers tell, or else the end of the stream. Exported for the tests. */
@@ -1620,14 +1606,14 @@ export async function readChunks(reader: ResponseReader): Promise<Bytes> {
   const chunks: Bytes[] = [];
   const noSize = () => badResponse("a chunk without a size, or longer than it");
   for (let total = 0;;) {
-    const digits = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.line(1024, noSize))?.[1];
+    const digits = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.until(LINE_END, 1024, noSize))?.[1];
     if (!digits) throw noSize();
     const size = parseInt(digits, 16);
     total += size;
     if (total > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
     if (size === 0) return new Uint8Array(await new Blob(chunks).arrayBuffer());
     chunks.push(await reader.take(size));
-    if (await reader.line(2, noSize) !== "") throw noSize();
+    if (await reader.until(LINE_END, 1, noSize) !== "") throw noSize();
   }
 }
 
@@ -1639,14 +1625,9 @@ function parseStatus(body: Bytes): StatusDocument {
     throw badResponse("the answer is not JSON");
   }
   if (!isMapping(document)) throw badResponse(`the answer is JSON, but ${typeName(document)}, not an object`);
-  if (isDeep(document, MAX_STATUS_DEPTH)) throw badResponse("the answer is nested too deeply");
+  // What JSON.parse takes can be too deep to be written again.
+  if (treeSize(document) === Infinity) throw badResponse("the answer is nested too deeply");
   return document;
-}
-
-/** Whether there are more levels than these. What JSON.parse takes can be too deep to be written again. */
-function isDeep(value: unknown, levels: number): boolean {
-  if (typeof value !== "object" || value === null) return false;
-  return levels === 0 || Object.values(value).some((child) => isDeep(child, levels - 1));
 }
 
 // --- Many probes ---
@@ -2143,28 +2124,28 @@ export async function findSshEndpoint(
   signal?.addEventListener("abort", abort);
   // Not AbortSignal.timeout(), which would keep the process for as long.
   const timer = setTimeout(abort, GREETING_MS);
-  const greet = (endpoint: Endpoint) => greets(endpoint, controller.signal);
-  const greeted = await raceEndpoints(permitted, greet, (isGreeting) => isGreeting, controller);
+  const greeted = await raceEndpoints(permitted, (endpoint) => greets(endpoint, controller), controller.signal);
   clearTimeout(timer);
   signal?.removeEventListener("abort", abort);
   signal?.throwIfAborted();
   return permitted[greeted.indexOf(true)] ?? first;
 }
 
-/** Whether an ssh server greets, which may say other lines first. */
-async function greets(endpoint: Endpoint, signal: AbortSignal): Promise<boolean> {
+/** Whether an ssh server greets, which may say other lines first; if so, that ends the others' race. */
+async function greets(endpoint: Endpoint, race: AbortController): Promise<boolean> {
   try {
-    using conn = await connect(endpoint, signal);
-    signal.throwIfAborted();
-    signal.addEventListener("abort", () => conn[Symbol.dispose]());
+    using conn = await connect(endpoint, race.signal);
+    race.signal.throwIfAborted();
+    race.signal.addEventListener("abort", () => conn[Symbol.dispose]());
     const reader = new ResponseReader(conn);
-    for (let lines = 0; lines < 100; lines++) {
-      if ((await reader.line(MAX_HEAD_BYTES)).startsWith("SSH-")) return true;
-    }
+    let lines = 0;
+    while (!(await reader.until(LINE_END, MAX_HEAD_BYTES)).startsWith("SSH-")) if (++lines === 100) return false;
+    race.abort();
+    return true;
   } catch {
     // Whatever is there instead, it is no ssh server.
+    return false;
   }
-  return false;
 }
 
 /** Options of {@linkcode runOnNodes}. */
@@ -2230,7 +2211,6 @@ export async function runOnNodes(
   );
   problems.delete(undefined);
   if (problems.size > 0) throw new TypeError([...problems].join("\n"));
-  requirePermission({ name: "run", command: "ssh" }, "--allow-run=ssh", "run access to ssh (on the PATH)");
   // A fault of this side ends them all: there is no ssh, or nobody is left to take the output.
   const fault = new AbortController();
   const ended = AbortSignal.any([fault.signal, ...(signal ? [signal] : [])]);
@@ -2270,21 +2250,15 @@ async function runOnNode(
   const ended = AbortSignal.any([signal, deadline.signal]);
   try {
     const endpoint = await findSshEndpoint(node, { ...options, signal: ended });
-    ended.throwIfAborted();
-    const argv = sshCommand(node, words, { ...options, endpoint });
     const stdin = options.stdin ? "piped" : "null";
-    let child: Deno.ChildProcess;
-    try {
-      child = spawnSsh(argv, { stdin, stdout: "piped", stderr: "piped" });
-    } catch (error) {
-      if (error instanceof Deno.errors.NotFound) throw error;
-      return result("local", `ssh cannot be started (${errorText(error)})`);
-    }
+    const argv = sshCommand(node, words, { ...options, endpoint });
+    const child = spawnSsh(argv, { stdin, stdout: "piped", stderr: "piped" });
     output = await finishSsh(child, node, options, ended);
     if (!deadline.signal.aborted || output.signal === null) {
-      return result(...commandFailure(output, endpoint, node, goesElsewhere(options)));
+      return result(...commandFailure(output, node, endpoint, options));
     }
   } catch (error) {
+    if (error instanceof ProbeFault) return result("local", error.message);
     if (signal.aborted || !deadline.signal.aborted) throw error;
   } finally {
     clearTimeout(timer);
@@ -2301,8 +2275,9 @@ export function spawnSsh(
   try {
     return new Deno.Command(program, { args, ...streams }).spawn();
   } catch (error) {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
-    throw new Deno.errors.NotFound("There is no ssh on the PATH: install OpenSSH");
+    if (error instanceof Deno.errors.NotFound) error.message = "There is no ssh on the PATH: install OpenSSH";
+    else throw new ProbeFault("local-resource", `ssh cannot be started (${errorText(error)})`);
+    throw error;
   }
 }
 
@@ -2356,46 +2331,32 @@ function readOutput(stream: Deno.ChildProcess["stdout"], signal: AbortSignal, on
 /** What ssh says last if it could not start a command. */
 const NOT_STARTED =
   /^(?:ssh: |Host key |Connection |kex_|Received disconnect|Unable to negotiate|No user exists)|Permission denied/;
-const OTHER_HOST = /@|\b(?:port|host|hostname) |^Connection to /;
+/** What it says if it lost the connection while a command ran, perhaps on a line that this began. */
+const LOST =
+  /(?:Connection to \S+ (?:closed by remote host|port \d+: )|Timeout, server |Read from remote host |client_loop: ).*/;
+const NAMES_HOST = /@|\b(?:port|host|hostname|server) |Connection to /;
 const UNKNOWN_KEY =
   "the host key is not known: --ssh-option StrictHostKeyChecking=accept-new accepts it (scripts: options)";
 
 function commandFailure(
-  output: SshOutput,
-  endpoint: Endpoint,
+  { exitCode, signal, stdout, stderr }: SshOutput,
   node: ClusterNode,
-  isElsewhere: boolean,
+  { host }: Endpoint,
+  options: SshOptions,
 ): [CommandFailureCode?, string?] {
-  const { exitCode, signal, stdout, stderr } = output;
   if (signal) return ["signal", `ended by ${signal}`];
   if (exitCode === 0) return [];
   const line = stderr.trimEnd().split(/\r?\n/).at(-1)!;
   // 255 is ssh's own, but a command may return it too. What ssh says names this very endpoint, or has its line end.
-  const [, address = "", port] = / by (\S+) port (\d+)/.exec(line) ?? [];
-  const isResolved = !isAddress(endpoint.host) && isAddress(address) && port === String(endpoint.port);
-  const isAlias = (isElsewhere || !isAddress(endpoint.host)) && line.startsWith("ssh: connect to host ");
-  const isNamed = isAlias || isResolved || address === "UNKNOWN" || line.includes(endpoint.host);
-  const isOurs = exitCode === 255 && (isNamed || (!OTHER_HOST.test(line) && stderr.endsWith("\r\n")));
-  const loss = lossesOf(endpoint).find((loss) => line.includes(loss));
-  if (isOurs && loss) return ["lost", line.slice(line.indexOf(loss))];
+  const isAlias = /^ssh: connect to host | by \S+ port /.test(line) && (goesElsewhere(options) || !isAddress(host));
+  const isNamed = isAlias || line.includes(host);
+  const isOurs = exitCode === 255 && (isNamed || (!NAMES_HOST.test(line) && stderr.endsWith("\r\n")));
+  const [lost] = LOST.exec(line) ?? [];
+  if (isOurs && lost) return ["lost", lost];
   if (!isOurs || stdout !== "" || !NOT_STARTED.test(line)) return ["exit", `exit code ${exitCode}`];
   if (/REMOTE HOST IDENTIFICATION HAS CHANGED/.test(stderr)) return ["connect", "the host key has changed"];
   if (line.startsWith("Host key")) return ["connect", UNKNOWN_KEY];
-  return ["connect", /^(ssh: |Connection )/.test(line) && !isElsewhere ? line + othersHint(endpoint, node) : line];
-}
-
-/** What ssh says if it lost the connection while a command ran, perhaps on the line that this began. */
-function lossesOf({ host, port }: Endpoint): string[] {
-  const closed = [`Connection to ${host} closed by remote host`, `Connection to ${host} port ${port}: `];
-  const silent = [`Timeout, server ${host} not responding`, `Read from remote host ${host}: `];
-  return [...closed, ...silent, "client_loop: send disconnect: "];
-}
-
-/** What to say of the other endpoints, if there is no connection to the one that ssh went to: the race found none. */
-function othersHint({ host, port }: Endpoint, node: ClusterNode): string {
-  const others = sshEndpoints(node).filter((other) => other.host !== host || other.port !== port);
-  if (others.length === 0) return "";
-  const list = others.map(({ host, port }) => hostPort(host, port)).join(", ");
-  const isPermitted = others.every(({ host, port }) => isNetGranted(host, port));
-  return `; its other address: ${list}${isPermitted ? "" : ` (${netFlag(sshEndpoints(node))} lets it be tried)`}`;
+  const raced = racedSshEndpoints(node, options);
+  const isRaced = raced.every(({ host, port }) => isNetGranted(host, port));
+  return ["connect", isRaced ? line : `${line}; ${netFlag(raced)} lets its other address be tried`];
 }

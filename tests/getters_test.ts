@@ -103,7 +103,7 @@ Deno.test("the data port of a node that has none is that of the unified config",
     unified: row(1, 5),
     distributed: row(1, 7),
     empty: row(1, 8766),
-    broken: `${broken.path}:4: distributed.data_server_port: expected an integer from 1 to 65535, got a string`,
+    broken: `${broken.path}:4: distributed.data_server_port: expected an integer from 1 to 65535`,
     missing: `${none}: there is no such file (RINGRIFT_CONFIG_PATH names it)`,
     "nothing depends on it": [[1, 3, null]],
   });

@@ -145,7 +145,7 @@ Deno.test("HostsConfigError has the origin, the line and the path of each proble
   const cases = [
     [
       host("ssh_port: 0"),
-      "x.yaml:3: hosts.a.ssh_port: expected an integer from 1 to 65535, got another number",
+      "x.yaml:3: hosts.a.ssh_port: expected an integer from 1 to 65535",
     ],
     ["hosts:\n  a: {\n", /^x\.yaml:3:\d+: is not valid YAML: [a-z]/],
     ["- a\n", 'x.yaml: expected a mapping with a "hosts" section, got a list'],
