@@ -125,8 +125,10 @@ function requirePermission(permission: Deno.PermissionDescriptor, flag: string, 
   if (Deno.permissions.querySync(permission).state !== "granted") throw denied(what, flag);
 }
 
+/** What went wrong, in one line; what `fetch` says of it is in its cause. */
 function errorText(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
+  const { cause = error } = Object(error) as { cause?: unknown };
+  return cause instanceof Error ? cause.message : String(cause);
 }
 
 const TLS_FAULTS: readonly (readonly [RegExp, string])[] = [
@@ -140,14 +142,9 @@ const TLS_FAULTS: readonly (readonly [RegExp, string])[] = [
 
 /** A failed TLS handshake in words; `undefined` for any other fault. */
 function tlsFault(error: unknown): string | undefined {
-  const text = causeText(error);
+  const text = errorText(error);
   const known = TLS_FAULTS.find(([pattern]) => pattern.test(text))?.[1];
   return known ?? (/certificate|\bTLS\b|HandshakeFailure/i.test(text) ? `TLS: ${text.split(": ").at(-1)}` : undefined);
-}
-
-/** What `fetch` says of a fault is in its cause. */
-function causeText(error: unknown): string {
-  return errorText((error as { cause?: unknown } | undefined)?.cause ?? error);
 }
 
 // --- Host fields ---
@@ -316,7 +313,7 @@ function parseBaseUrl(value: unknown): string {
     return `${url.protocol}//${url.host}${url.pathname.replace(/\/+$/, "")}`;
   }
   return invalid(
-    "expected a URL that begins with http:// or https://, without user, query, fragment, spaces or quotes",
+    "expected an http:// or https:// URL, without user, query, fragment, spaces or quotes",
   );
 }
 
@@ -517,7 +514,7 @@ async function fetchConfig(url: string, options: LoadOptions): Promise<Uint8Arra
     if (error instanceof InvalidValue) throw error;
     if (deadline.aborted) return invalid(`did not answer within ${formatMs(timeoutMs)}`, error);
     // What is behind the last colon is the reason; before it stands the URL again.
-    return invalid(tlsFault(error) ?? `cannot be fetched (${causeText(error).split(": ").at(-1)})`, error);
+    return invalid(tlsFault(error) ?? `cannot be fetched (${errorText(error).split(": ").at(-1)})`, error);
   }
 }
 
@@ -937,12 +934,12 @@ export function selectNodes(nodes: Iterable<ClusterNode>, selection: NodeSelecti
   const all = [...nodes];
   const named = names && matchNames(all, names);
   const excluded = exclude && matchNames(all, exclude).matched;
-  const includesWord = (words: readonly string[], text: string) =>
+  const isAmong = (text: string, words: readonly string[]) =>
     words.some((word) => word.toLowerCase() === text.toLowerCase());
   const wanted = Object.entries(where).map(([key, value]) => ({ key, values: [value].flat().map(String) }));
   return all.filter((node) =>
     (!named || named.matched.has(node)) && !excluded?.has(node) &&
-    (!roles || includesWord(roles, node.role)) && (!statuses || includesWord(statuses, node.status)) &&
+    (!roles || isAmong(node.role, roles)) && (!statuses || isAmong(node.status, statuses)) &&
     (!gpus || gpus.some((part) => node.gpu.toLowerCase().includes(part.toLowerCase()))) &&
     wanted.every(({ key, values }) => valuesOf(node, key).some((value) => values.includes(String(value)))) &&
     (includeInactive || node.isActive || named?.exact.has(node) || statuses !== undefined)
@@ -1241,12 +1238,15 @@ export interface ProbeOptions {
 
 type ProbeSettings = ReturnType<typeof probeSettings>;
 
-function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs }: ProbeOptions) {
+/** Internally, a check may also be that an ssh server greets. */
+type PoolOptions = Omit<SweepOptions, "check"> & { readonly check?: "http" | "tcp" | "ssh" | undefined };
+
+function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs }: PoolOptions) {
   const fault = unsupportedDeno();
   if (fault) throw new Error(fault);
   if (port !== undefined) requireValid("port", port, parsePort);
   if (path !== undefined) requireValid("path", path, parsePath);
-  if (![undefined, "http", "tcp"].includes(check)) {
+  if (![undefined, "http", "tcp", "ssh"].includes(check)) {
     throw new TypeError(`Cannot use check "${check}": expected "http" or "tcp"`);
   }
   requireDuration("timeoutMs", timeoutMs);
@@ -1283,7 +1283,7 @@ const STATE_RANK: Readonly<Record<NodeState, number>> = { up: 3, unhealthy: 2, u
 
 /** Checks one node, until `controller` is aborted: at its deadline, with a {@linkcode timeoutError}. */
 async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: AbortController): Promise<NodeProbe> {
-  const unchecked = uncheckedProbe(node, settings.port);
+  const unchecked = uncheckedProbe(node, settings);
   const { endpoints } = unchecked;
   const check = (endpoint: Endpoint) => probeEndpoint(unchecked, endpoint, settings, controller.signal);
   if (endpoints.length === 1) return await check(endpoints[0]!);
@@ -1301,13 +1301,20 @@ async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: 
 }
 
 /** What there is to say of a node that was not checked, for want of an address. */
-function uncheckedProbe(node: ClusterNode, wantedPort: number | undefined): NodeProbe {
-  const endpoints = dataEndpoints(node, wantedPort);
+function uncheckedProbe(node: ClusterNode, { check, port }: Pick<PoolOptions, "check" | "port">): NodeProbe {
+  const endpoints = check === "ssh" ? sshEndpoints(node) : dataEndpoints(node, port);
   const [endpoint] = endpoints;
-  const port = endpoint?.port ?? wantedPort ?? node.dataServerPort;
   const failure = { code: "no-address", message: "set tailscale_ip or ssh_host" } as const;
   const nothing = { address: undefined, connectMs: undefined, responseMs: undefined, status: undefined };
-  return { node, state: "down", ...nothing, port, failure, endpoint, endpoints };
+  return {
+    node,
+    state: "down",
+    ...nothing,
+    port: endpoint?.port ?? port ?? node.dataServerPort,
+    failure,
+    endpoint,
+    endpoints,
+  };
 }
 
 function timeoutError(ms: number): DOMException {
@@ -1322,12 +1329,12 @@ function formatMs(ms: number): string {
 /** Tries endpoints best first, the next one at a failure or after a moment, until the signal aborts. */
 async function raceEndpoints<T>(
   endpoints: readonly Endpoint[],
-  attempt: (endpoint: Endpoint) => Promise<T>,
-  signal: AbortSignal,
-): Promise<T[]> {
+  attempt: (it: Endpoint) => Promise<T>,
+  end: AbortSignal,
+) {
   const attempts: Promise<T>[] = [];
   for (const endpoint of endpoints) {
-    if (signal.aborted) break;
+    if (end.aborted) break;
     attempts.push(attempt(endpoint));
     await settledOrAfter(attempts.at(-1)!, FALLBACK_DELAY_MS);
   }
@@ -1340,12 +1347,7 @@ async function settledOrAfter(promise: Promise<unknown>, ms: number): Promise<vo
   await Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }
 
-async function probeEndpoint(
-  unchecked: NodeProbe,
-  endpoint: Endpoint,
-  settings: ProbeSettings,
-  signal: AbortSignal,
-): Promise<NodeProbe> {
+async function probeEndpoint(unchecked: NodeProbe, endpoint: Endpoint, settings: ProbeSettings, signal: AbortSignal) {
   const { host, port } = endpoint;
   const path = statusPath(unchecked.node, settings);
   const started = performance.now();
@@ -1466,11 +1468,21 @@ async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint, path: string
       `GET ${base}${path} HTTP/1.1\r\nHost: ${hostPort(host, port)}\r\nAccept: application/json\r\n` +
         "Accept-Encoding: identity\r\nUser-Agent: cluster-hosts\r\nConnection: close\r\n\r\n",
     );
+    const reader = new ResponseReader(conn);
+    if (protocol === "ssh") return await readGreeting(reader);
     for (let sent = 0; sent < request.length;) sent += await conn.write(request.subarray(sent));
-    return await readAnswer(new ResponseReader(conn), path === "/status");
+    return await readAnswer(reader, path === "/status");
   } finally {
     close();
   }
+}
+
+/** Reads what an ssh server greets with; it may say other lines first. */
+async function readGreeting(reader: ResponseReader): Promise<undefined> {
+  for (let lines = 0; lines < 100; lines++) {
+    if ((await reader.until(LINE_END, MAX_HEAD_BYTES)).startsWith("SSH-")) return;
+  }
+  throw badResponse("the answer is not that of an ssh server");
 }
 
 /** Reads an answer. A status page has to be a JSON object; at any other path, a whole answer is enough. */
@@ -1660,7 +1672,7 @@ class ProbePool {
 
   constructor(
     readonly nodes: readonly ClusterNode[],
-    readonly options: SweepOptions,
+    readonly options: PoolOptions,
     public onOutcome: (probe: NodeProbe, index: number) => void,
   ) {
     this.#queue = [...nodes.keys()];
@@ -1784,6 +1796,10 @@ function openSignalSockets(): void {
  * ```
  */
 export async function probeNodes(nodes: Iterable<ClusterNode>, options: SweepOptions = {}): Promise<NodeProbe[]> {
+  return await sweep(nodes, options);
+}
+
+async function sweep(nodes: Iterable<ClusterNode>, options: PoolOptions): Promise<NodeProbe[]> {
   const list = [...nodes];
   const probes = new Array<NodeProbe>(list.length);
   let known = 0;
@@ -1924,7 +1940,7 @@ export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOp
   const timer = setTimeout(() => pool.cutOff(timeoutError(deadlineMs)), deadlineMs);
   await pool.run().finally(() => clearTimeout(timer));
   const failure = { code: "other", message: "the wait was over before it was checked" } as const;
-  return list.map((node, index) => last[index] ?? { ...uncheckedProbe(node, options.port), state: "unknown", failure });
+  return list.map((node, index) => last[index] ?? { ...uncheckedProbe(node, options), state: "unknown", failure });
 }
 
 // --- URLs ---
@@ -2116,36 +2132,9 @@ export async function findSshEndpoint(
   signal?.throwIfAborted();
   const first = endpoint ?? sshEndpoints(node)[0];
   if (!first) throw new TypeError(`${JSON.stringify(node.name)} has no address: set tailscale_ip or ssh_host`);
-  const raced = racedSshEndpoints(node, options);
-  if (raced.length === 0) return first;
-  const permitted = raced.filter(({ host, port }) => isNetGranted(host, port));
-  const controller = new AbortController();
-  const abort = () => controller.abort();
-  signal?.addEventListener("abort", abort);
-  // Not AbortSignal.timeout(), which would keep the process for as long.
-  const timer = setTimeout(abort, GREETING_MS);
-  const greeted = await raceEndpoints(permitted, (endpoint) => greets(endpoint, controller), controller.signal);
-  clearTimeout(timer);
-  signal?.removeEventListener("abort", abort);
-  signal?.throwIfAborted();
-  return permitted[greeted.indexOf(true)] ?? first;
-}
-
-/** Whether an ssh server greets, which may say other lines first; if so, that ends the others' race. */
-async function greets(endpoint: Endpoint, race: AbortController): Promise<boolean> {
-  try {
-    using conn = await connect(endpoint, race.signal);
-    race.signal.throwIfAborted();
-    race.signal.addEventListener("abort", () => conn[Symbol.dispose]());
-    const reader = new ResponseReader(conn);
-    let lines = 0;
-    while (!(await reader.until(LINE_END, MAX_HEAD_BYTES)).startsWith("SSH-")) if (++lines === 100) return false;
-    race.abort();
-    return true;
-  } catch {
-    // Whatever is there instead, it is no ssh server.
-    return false;
-  }
+  if (racedSshEndpoints(node, options).length === 0) return first;
+  const [greeted] = await sweep([node], { check: "ssh", timeoutMs: GREETING_MS, signal });
+  return greeted?.state === "up" ? greeted.endpoint! : first;
 }
 
 /** Options of {@linkcode runOnNodes}. */
@@ -2296,10 +2285,17 @@ async function finishSsh(child: Deno.ChildProcess, node: ClusterNode, options: R
   ended.addEventListener("abort", end);
   // The command may end without having read all.
   if (options.stdin) ReadableStream.from([options.stdin]).pipeTo(child.stdin).catch(() => {});
-  const { onOutput } = options;
-  const stdout = readOutput(child.stdout, released.signal, (text) => onOutput?.(node, "stdout", text));
-  const stderr = readOutput(child.stderr, released.signal, (text) => onOutput?.(node, "stderr", text));
-  const outputs = Promise.all([stdout.ended, stderr.ended]);
+  const texts = { stdout: "", stderr: "", truncated: false };
+  const read = async (stream: "stdout" | "stderr") => {
+    const write = (text: string) => {
+      texts.truncated ||= texts[stream].length + text.length > MAX_OUTPUT_LENGTH;
+      texts[stream] += text.slice(0, MAX_OUTPUT_LENGTH - texts[stream].length);
+      options.onOutput?.(node, stream, text);
+    };
+    const decoded = child[stream].pipeThrough(new TextDecoderStream("utf-8", { ignoreBOM: true }));
+    await decoded.pipeTo(new WritableStream({ write }), { signal: released.signal });
+  };
+  const outputs = Promise.all([read("stdout"), read("stderr")]);
   // To await them before the process has ended could be a deadlock.
   outputs.catch(end);
   const { code, ...status } = await child.status;
@@ -2309,23 +2305,7 @@ async function finishSsh(child: Deno.ChildProcess, node: ClusterNode, options: R
   ended.removeEventListener("abort", end);
   // A grandchild may hold the pipes for ever; what ssh itself wrote is in them already.
   await settledOrAfter(outputs, GRACE_MS).finally(() => released.abort());
-  const truncated = stdout.isTruncated || stderr.isTruncated;
-  return { exitCode: signal ? null : code, signal, stdout: stdout.text, stderr: stderr.text, truncated };
-}
-
-/** Reads a pipe until it ends or `signal` aborts, passes everything on, and keeps as much as the cap allows. */
-function readOutput(stream: Deno.ChildProcess["stdout"], signal: AbortSignal, onText: (text: string) => void) {
-  const output = { text: "", isTruncated: false, ended: Promise.resolve() };
-  const write = (text: string) => {
-    output.isTruncated ||= output.text.length + text.length > MAX_OUTPUT_LENGTH;
-    output.text += text.slice(0, MAX_OUTPUT_LENGTH - output.text.length);
-    onText(text);
-  };
-  output.ended = stream.pipeThrough(new TextDecoderStream("utf-8", { ignoreBOM: true })).pipeTo(
-    new WritableStream({ write }),
-    { signal },
-  );
-  return output;
+  return { exitCode: signal ? null : code, signal, ...texts };
 }
 
 /** What ssh says last if it could not start a command. */
