@@ -1238,10 +1238,10 @@ export interface ProbeOptions {
 
 type ProbeSettings = ReturnType<typeof probeSettings>;
 
-/** Internally, a check may also be that an ssh server greets. */
-type PoolOptions = Omit<SweepOptions, "check"> & { readonly check?: "http" | "tcp" | "ssh" | undefined };
+/** Internally, a check may also be that an ssh server greets, and a call may have an end: see `performance.now()`. */
+type PoolOptions = Omit<SweepOptions, "check"> & { check?: "http" | "tcp" | "ssh" | undefined; endMs?: number };
 
-function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs }: PoolOptions) {
+function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs, endMs = Infinity }: PoolOptions) {
   const fault = unsupportedDeno();
   if (fault) throw new Error(fault);
   if (port !== undefined) requireValid("port", port, parsePort);
@@ -1252,7 +1252,7 @@ function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs }: Po
   requireDuration("timeoutMs", timeoutMs);
   // If every host may be connected to, thousands need no query of their own.
   const isNetOpen = Deno.permissions.querySync({ name: "net" }).state === "granted";
-  return { port, path, check, timeoutMs, isNetOpen };
+  return { port, path, check, timeoutMs, endMs, isNetOpen };
 }
 
 /** Checks an option with the parser of the inventory's field. */
@@ -1696,7 +1696,7 @@ class ProbePool {
       clearInterval(timer);
       signal?.removeEventListener("abort", abort);
       this.finish();
-      this.cutOff(new DOMException("The call has ended", "AbortError"));
+      for (const controller of this.#running.keys()) controller.abort();
     });
   }
 
@@ -1712,13 +1712,6 @@ class ProbePool {
     this.#done.resolve();
   }
 
-  /** Starts nothing more, aborts what is under way, and ends {@linkcode run} when the outcomes of that are known. */
-  cutOff(reason: DOMException): void {
-    this.isOver = true;
-    for (const controller of this.#running.keys()) controller.abort(reason);
-    if (this.#running.size === 0) this.finish();
-  }
-
   #tick(): void {
     const nowMs = performance.now();
     for (const [controller, endMs] of this.#running) {
@@ -1732,6 +1725,8 @@ class ProbePool {
     const isSlow = this.#endedLately < this.#limit && this.#queue.length > 0;
     if (isSlow) this.#limit = Math.min(this.#maxLimit, this.#limit + Math.min(this.#limit, MAX_GROWTH));
     this.#endedLately = 0;
+    // What the end cuts off is reported yet.
+    if (nowMs >= this.#settings.endMs) this.isOver = true;
     this.#pump();
   }
 
@@ -1741,11 +1736,12 @@ class ProbePool {
     }
     // What was started is forgotten, or a watch would fill the queue without end.
     if (this.#next === this.#queue.length) this.#next = this.#queue.length = 0;
+    if (this.isOver && this.#running.size === 0) this.finish();
   }
 
   async #probe(index: number): Promise<void> {
     const controller = new AbortController();
-    this.#running.set(controller, performance.now() + this.#settings.timeoutMs);
+    this.#running.set(controller, Math.min(performance.now() + this.#settings.timeoutMs, this.#settings.endMs));
     const probe = await probeOne(this.nodes[index]!, this.#settings, controller);
     this.#running.delete(controller);
     this.#endedLately++;
@@ -1760,7 +1756,6 @@ class ProbePool {
       return;
     }
     this.onOutcome(probe, index);
-    if (this.isOver && this.#running.size === 0) this.finish();
     this.#pump();
   }
 }
@@ -1918,27 +1913,26 @@ export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOp
   requireDuration("intervalMs", intervalMs);
   requireDuration("deadlineMs", deadlineMs);
   const endMs = performance.now() + deadlineMs;
+  const timeoutMs = Math.min(options.timeoutMs ?? DEFAULTS.timeoutMs, deadlineMs);
   const last: NodeProbe[] = [];
   const denied: NodeProbe[] = [];
   let up = 0;
-  const pool = new ProbePool(list, options, (probe, index) => {
+  const pool = new ProbePool(list, { ...options, timeoutMs, endMs }, (probe, index) => {
     // What the deadline cuts off takes nothing from an answer that there was.
     if (pool.isOver && last[index]) return;
     up += Number(probe.state === "up") - Number(last[index]?.state === "up");
     last[index] = probe;
     options.onProbe?.(probe);
-    // The closer to the deadline, the sooner again, so that none is missed that comes up before it.
-    const nowMs = performance.now();
-    const afterMs = Math.min(intervalMs, Math.max(50, (endMs - nowMs) / 2));
     const mayBeChecked = probe.failure?.code !== "denied" ||
       probe.endpoints.some((it) => isNetGranted(it.host, it.port));
-    if (mayBeChecked) pool.add(index, nowMs + afterMs);
+    // It is asked again shortly before the end, so that none is missed that comes up until then.
+    const nowMs = performance.now();
+    if (mayBeChecked) pool.add(index, Math.min(nowMs + intervalMs, Math.max(nowMs + 50, endMs - 100)));
     else if (denied.push(probe) > list.length - minUp) throwIfDenied(denied);
     if (up >= minUp) pool.finish();
   });
   if (minUp === 0) pool.finish();
-  const timer = setTimeout(() => pool.cutOff(timeoutError(deadlineMs)), deadlineMs);
-  await pool.run().finally(() => clearTimeout(timer));
+  await pool.run();
   const failure = { code: "other", message: "the wait was over before it was checked" } as const;
   return list.map((node, index) => last[index] ?? { ...uncheckedProbe(node, options), state: "unknown", failure });
 }
