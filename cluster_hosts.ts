@@ -149,13 +149,11 @@ function tlsFault(error: unknown): string | undefined {
 
 // --- Host fields ---
 
-/** One field: its key in the inventory, how it is parsed, and what it is if it is not set. */
-interface Field<T> {
-  readonly key: string;
-  /** Gives the value, or throws {@linkcode InvalidValue}. Strings come trimmed; what is unset does not come here. */
-  readonly parse: (value: unknown) => T;
-  readonly fallback?: T;
-}
+/**
+ * One field: its key in the inventory, how it is parsed, and what it is if it is not set. The parser gives the value, or
+ * throws {@linkcode InvalidValue}. Strings come to it trimmed; what is unset does not.
+ */
+type Field<T> = { readonly key: string; readonly parse: (value: unknown) => T; readonly fallback?: T };
 
 /** Every field of a host. To add one: a row here, and the property of {@linkcode ClusterNode} that documents it. */
 const HOST_FIELDS = {
@@ -312,9 +310,7 @@ function parseBaseUrl(value: unknown): string {
   if (url && url.port !== "0" && !url.username && !url.password) {
     return `${url.protocol}//${url.host}${url.pathname.replace(/\/+$/, "")}`;
   }
-  return invalid(
-    "expected an http:// or https:// URL, without user, query, fragment, spaces or quotes",
-  );
+  return invalid("expected an http:// or https:// URL, without user, query, fragment, spaces or quotes");
 }
 
 function parsePath(value: unknown): string {
@@ -441,15 +437,12 @@ export type ConfigSource = string | URL | HostsConfig;
 /** One host as written: snake_case keys, those of the user's own kept. config/README.md explains the known ones. */
 export type HostEntry = Readonly<Record<string, unknown>>;
 
-/** The inventory as written: a finite tree, unknown sections kept. */
-export interface HostsConfig {
-  /** The hosts by name, in the order of the file. */
+/** The inventory as written: a finite tree, unknown sections kept; in `distributed` are defaults of the hosts. */
+export type HostsConfig = {
   readonly hosts: Readonly<Record<string, HostEntry>>;
-  /** How the Elo ratings database is synchronised; see {@linkcode EloSyncConfig}. */
   readonly elo_sync?: Readonly<Record<string, unknown>> | null;
-  /** Other sections. `distributed` has `data_server_port` and `status_path` for the hosts that set none. */
   readonly [section: string]: unknown;
-}
+};
 
 /** The text of an inventory, and the path or the URL that it is from. It is empty if the default file is missing. */
 export type HostsConfigText = { readonly text: string; readonly origin: string; readonly exists: boolean };
@@ -552,7 +545,6 @@ const parsedConfigs = new WeakMap<HostsConfig, ParsedConfig>();
  * @example Load once, ask often
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
  * const config = await loadHostsConfig("config/demo_hosts.yaml");
  * const nodes = await getClusterNodes(config);
  * assertEquals(await getCoordinatorNode(config), nodes.get("coordinator"));
@@ -921,7 +913,6 @@ export interface NodeSelection {
  * @example A range, a role
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
  * const nodes = [1, 2, 3].map((number) => new ClusterNode({ name: `gpu-${number}`, role: "worker" }));
  * const selected = selectNodes(nodes, { names: ["gpu-[2-3]"], roles: ["worker"] });
  * assertEquals(selected.map((node) => node.name), ["gpu-2", "gpu-3"]);
@@ -1177,14 +1168,11 @@ function isNetGranted(host: string, port: number): boolean {
 // --- One probe ---
 
 /** A JSON object that a node answered. What RingRift's servers send is typed; only that it is an object is checked. */
-export interface StatusDocument {
-  /** The version of the service. */
+export type StatusDocument = {
   readonly version?: string;
-  /** The number of games in its database. */
   readonly game_count?: number;
-  /** What else the server sends. */
   readonly [key: string]: unknown;
-}
+};
 
 /** `up`; `unhealthy`: accepted, but gave no usable answer; `down`: none accepted; `unknown`: could not be checked. */
 export type NodeState = "up" | "unhealthy" | "down" | "unknown";
@@ -1198,29 +1186,25 @@ export type FailureCode =
 /** Why a node is not up, for programs, and for people; escape the message, which may hold text from the node. */
 export type ProbeFailure = { readonly code: FailureCode; readonly message: string };
 
-/** The outcome of one check of one node. */
-export interface NodeProbe {
-  /** The node that was checked. */
+/** The outcome of one check of one node. What there was not is `undefined`. */
+export type NodeProbe = {
   readonly node: ClusterNode;
-  /** What the check came to. */
   readonly state: NodeState;
-  /** The host of the endpoint that accepted, as configured; `undefined` if none did. */
+  /** The host of the endpoint that accepted, as configured. */
   readonly address: string | undefined;
   /** The port that was checked. */
   readonly port: number;
-  /** Milliseconds until that endpoint accepted; `undefined` if none did. */
+  /** Milliseconds until that endpoint accepted. */
   readonly connectMs: number | undefined;
-  /** Milliseconds until the answer was whole; `undefined` if none came, and with `check: "tcp"`. */
+  /** Milliseconds until the answer was whole; none with `check: "tcp"`. */
   readonly responseMs: number | undefined;
   /** The JSON object that the node answered. */
   readonly status: StatusDocument | undefined;
-  /** Why the node is not up. */
   readonly failure: ProbeFailure | undefined;
-  /** The endpoint that the outcome is about; `undefined` if the node has none. */
+  /** The endpoint that the outcome is about, and every one that the check may contact. */
   readonly endpoint: Endpoint | undefined;
-  /** Every endpoint that the check may contact. */
   readonly endpoints: readonly Endpoint[];
-}
+};
 
 /** Options of {@linkcode probeNode}. */
 export interface ProbeOptions {
@@ -1257,13 +1241,11 @@ function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs, endM
 
 /** Checks an option with the parser of the inventory's field. */
 function requireValid<T>(name: string, value: T, parseValue: (value: unknown) => T): void {
-  const fault = `Cannot use ${name} ${JSON.stringify(value)}: `;
   try {
-    if (parseValue(value) !== value) {
-      throw new TypeError(`${fault}expected a ${typeof parseValue(value)} without blanks or brackets`);
-    }
+    const parsed = parseValue(value);
+    if (parsed !== value) invalid(`expected a ${typeof parsed} without blanks or brackets`);
   } catch (error) {
-    const message = fault + invalidText(error);
+    const message = `Cannot use ${name} ${JSON.stringify(value)}: ${invalidText(error)}`;
     throw typeof value === "number" ? new RangeError(message) : new TypeError(message);
   }
 }
@@ -1327,18 +1309,14 @@ function formatMs(ms: number): string {
 }
 
 /** Tries endpoints best first, the next one at a failure or after a moment, until the signal aborts. */
-async function raceEndpoints<T>(
-  endpoints: readonly Endpoint[],
-  attempt: (it: Endpoint) => Promise<T>,
-  end: AbortSignal,
-) {
-  const attempts: Promise<T>[] = [];
+async function raceEndpoints<T>(endpoints: readonly Endpoint[], check: (it: Endpoint) => Promise<T>, end: AbortSignal) {
+  const checks: Promise<T>[] = [];
   for (const endpoint of endpoints) {
     if (end.aborted) break;
-    attempts.push(attempt(endpoint));
-    await settledOrAfter(attempts.at(-1)!, FALLBACK_DELAY_MS);
+    checks.push(check(endpoint));
+    await settledOrAfter(checks.at(-1)!, FALLBACK_DELAY_MS);
   }
-  return await Promise.all(attempts);
+  return await Promise.all(checks);
 }
 
 async function settledOrAfter(promise: Promise<unknown>, ms: number): Promise<void> {
@@ -1354,7 +1332,9 @@ async function probeEndpoint(unchecked: NodeProbe, endpoint: Endpoint, settings:
   const probe: { -readonly [K in keyof NodeProbe]: NodeProbe[K] } = { ...unchecked, endpoint, port };
   try {
     if (!settings.isNetOpen) requireNet(host, port);
-    const conn = await connect(endpoint, signal);
+    // A name is connected to as such: Deno races its addresses, and the permission is the one for the name.
+    if (!isAddress(host)) await lookUp(host, port, signal);
+    const conn = await Deno.connect({ hostname: host, port, signal });
     probe.address = host;
     probe.connectMs = performance.now() - started;
     if (settings.check === "tcp") conn.close();
@@ -1371,12 +1351,6 @@ async function probeEndpoint(unchecked: NodeProbe, endpoint: Endpoint, settings:
     probe.state = probe.address ? "unhealthy" : isLocal ? "unknown" : "down";
   }
   return probe;
-}
-
-/** Connects by the name, if it is one: Deno races its addresses, and the permission is the one for the name. */
-function connect({ host, port }: Endpoint, signal: AbortSignal): Promise<Deno.TcpConn> {
-  const direct = () => Deno.connect({ hostname: host, port, signal });
-  return isAddress(host) ? direct() : lookUp(host, port, signal).then(direct);
 }
 
 function isAddress(host: string): boolean {
@@ -1782,7 +1756,6 @@ function openSignalSockets(): void {
  * @example Sweep
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
  * const answer = () => Response.json({ version: "1" });
  * await using server = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen() {} }, answer);
  * const nodes = ["a", "b"].map((name) => new ClusterNode({ name, tailscaleIp: "127.0.0.1" }));
@@ -1825,7 +1798,6 @@ export async function checkHttpEndpoint(
   options: ProbeOptions = {},
 ): Promise<StatusDocument | undefined> {
   requireValid("hostname", hostname, parseHost);
-  requireValid("port", port, parsePort);
   const node = new ClusterNode({ name: hostname, tailscaleIp: hostname });
   const [probe] = await upProbes([node], { ...options, port });
   return probe?.status;
@@ -1923,11 +1895,10 @@ export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOp
     up += Number(probe.state === "up") - Number(last[index]?.state === "up");
     last[index] = probe;
     options.onProbe?.(probe);
-    const mayBeChecked = probe.failure?.code !== "denied" ||
-      probe.endpoints.some((it) => isNetGranted(it.host, it.port));
+    const isAllowed = probe.failure?.code !== "denied" || probe.endpoints.some((it) => isNetGranted(it.host, it.port));
     // It is asked again shortly before the end, so that none is missed that comes up until then.
     const nowMs = performance.now();
-    if (mayBeChecked) pool.add(index, Math.min(nowMs + intervalMs, Math.max(nowMs + 50, endMs - 100)));
+    if (isAllowed) pool.add(index, Math.min(nowMs + intervalMs, Math.max(nowMs + 50, endMs - 100)));
     else if (denied.push(probe) > list.length - minUp) throwIfDenied(denied);
     if (up >= minUp) pool.finish();
   });
@@ -1962,7 +1933,6 @@ export interface SyncUrlOptions extends DataSyncUrlOptions {
  * @example The model servers
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
  * const source = { hosts: { "gpu-1": { tailscale_ip: "100.64.0.1" } } };
  * const urls = await getSyncUrls({ source, port: MODEL_SYNC_PORT, path: "/models", reachableOnly: false });
  * assertEquals(urls, ["http://100.64.0.1:8765/models"]);
@@ -2041,7 +2011,6 @@ export interface SshOptions {
  * @example Ask for the load
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- *
  * const node = new ClusterNode({ name: "gpu-1", tailscaleIp: "100.64.0.1" });
  * const words = sshCommand(node, ["uptime"]);
  * assertEquals(words.join(" "), "ssh -o BatchMode=yes -o ConnectTimeout=10 -p 22 -- ubuntu@100.64.0.1 uptime");
@@ -2189,10 +2158,8 @@ export async function runOnNodes(
   const isNone = ({ words }: { words: readonly string[] }) => !Array.isArray(words) || words.length === 0;
   if (runs.some(isNone)) throw new TypeError("Cannot run a command that is empty: expected a list of words");
   // What is unsafe in one argument list stops the whole run, before the first ssh starts.
-  const problems = new Set(
-    runs.map(({ node, words }) => node.bestIp && faultOf(() => sshCommand(node, words, options))),
-  );
-  problems.delete(undefined);
+  const faults = runs.map(({ node, words }) => node.bestIp && faultOf(() => sshCommand(node, words, options)));
+  const problems = new Set(faults.filter((fault) => fault !== undefined));
   if (problems.size > 0) throw new TypeError([...problems].join("\n"));
   // A fault of this side ends them all: there is no ssh, or nobody is left to take the output.
   const fault = new AbortController();
