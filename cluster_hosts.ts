@@ -970,8 +970,8 @@ function splitList(list: string): string[] {
   return elements.length > 0 ? elements : [list];
 }
 
-/** Whether a part of a pattern fits a name from `at` on to an end from which the rest fits too. */
-type PatternPart = (name: string, at: number, restFits: (end: number) => boolean) => boolean;
+/** Where the text ends that a part of a pattern fits from `at` on: nowhere, or at one place or more. */
+type PatternPart = (name: string, at: number) => readonly number[];
 
 /** Whether a name fits a glob with ranges. Exported for the tests. */
 export function compilePattern(pattern: string): (name: string) => boolean {
@@ -989,40 +989,33 @@ export function compilePattern(pattern: string): (name: string) => boolean {
       throw new RangeError(`Cannot read ${JSON.stringify(pattern)}: ${reason}`);
     }
   });
-  // Once the rest does not fit behind one star, it need not be tried from there again.
-  const fits = (index: number, name: string, at: number, failed?: Set<number>): boolean => {
-    const key = index * (name.length + 1) + at;
-    if (failed?.has(key)) return false;
-    const isFit = parts[index]?.(name, at, (end) => fits(index + 1, name, end, failed)) ?? at === name.length;
-    if (!isFit) failed?.add(key);
-    return isFit;
+  return (name) => {
+    let ends: readonly number[] = [0];
+    for (const part of parts) {
+      ends = ends.length === 1 ? part(name, ends[0]!) : [...new Set(ends.flatMap((at) => part(name, at)))];
+    }
+    return ends.includes(name.length);
   };
-  const hasManyStars = tokens.filter((token) => token.startsWith("*")).length > 1;
-  return (name) => fits(0, name, 0, hasManyStars ? new Set() : undefined);
 }
 
 function textPart(text: string): PatternPart {
-  if (text === "?") return (name, at, fits) => at < name.length && fits(at + (name.codePointAt(at)! > 0xffff ? 2 : 1));
-  if (!text.startsWith("*")) return (name, at, restFits) => name.startsWith(text, at) && restFits(at + text.length);
-  return (name, at, restFits) => {
-    let end = at;
-    while (end <= name.length && !restFits(end)) end++;
-    return end <= name.length;
-  };
+  if (text === "?") return (name, at) => at < name.length ? [at + (name.codePointAt(at)! > 0xffff ? 2 : 1)] : [];
+  if (!text.startsWith("*")) return (name, at) => name.startsWith(text, at) ? [at + text.length] : [];
+  return (name, at) => Array.from({ length: name.length - at + 1 }, (_, length) => at + length);
 }
 
 /** Numbers, which must be whole if a wildcard is beside them. */
 function numberPart(list: string, isWholeBefore: boolean, isWholeBehind: boolean): PatternPart {
   const ranges = list.split(",").map(parseRange);
   const isDigit = (name: string, at: number) => name[at]! >= "0" && name[at]! <= "9";
-  return (name, at, restFits) => {
-    if (isWholeBefore && isDigit(name, at - 1)) return false;
+  return (name, at) => {
+    const ends: number[] = [];
+    if (isWholeBefore && isDigit(name, at - 1)) return ends;
     for (let end = at + 1; isDigit(name, end - 1); end++) {
-      if (isWholeBehind && isDigit(name, end)) continue;
       const digits = name.slice(at, end);
-      if (ranges.some((has) => has(digits)) && restFits(end)) return true;
+      if (!(isWholeBehind && isDigit(name, end)) && ranges.some((has) => has(digits))) ends.push(end);
     }
-    return false;
+    return ends;
   };
 }
 
