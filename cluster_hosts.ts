@@ -194,7 +194,6 @@ const DISTRIBUTED_FIELDS = {
 
 type FieldTable = Readonly<Record<string, Field<unknown>>>;
 
-/** What is wrong with one field, as {@linkcode ClusterNode} calls it, and as the inventory does. */
 type FieldProblem = { readonly name: string; readonly key: string; readonly message: string };
 
 /** Sets a table's fields in `target`, what is unset to its fallback; gives the problems of those that are invalid. */
@@ -541,14 +540,6 @@ const parsedConfigs = new WeakMap<HostsConfig, ParsedConfig>();
  * Loads an inventory: the file, URL or object given, else the file named by `RINGRIFT_HOSTS_CONFIG`, else
  * {@linkcode DEFAULT_CONFIG_PATH}; if that is missing, the cluster is empty. The result can be given to every function
  * that takes a source, so that nothing is read twice.
- *
- * @example Load once, ask often
- * ```ts
- * import { assertEquals } from "jsr:@std/assert@^1.0.19";
- * const config = await loadHostsConfig("config/demo_hosts.yaml");
- * const nodes = await getClusterNodes(config);
- * assertEquals(await getCoordinatorNode(config), nodes.get("coordinator"));
- * ```
  */
 export async function loadHostsConfig(source?: ConfigSource, options: LoadOptions = {}): Promise<HostsConfig> {
   return (await loadParsed(source, options)).config;
@@ -687,18 +678,15 @@ function parseDocument(document: unknown, problems: ConfigProblem[]) {
 }
 
 function parseSection<T>(path: string, section: unknown, table: FieldTable, problems: ConfigProblem[]): T {
-  const [mapping, values] = [isMapping(section) ? section : {}, {}];
-  for (const { key, message } of parseFields(table, values, (_, key) => ownValue(mapping, key))) {
+  const mapping = isMapping(section) ? section : {};
+  const values = {};
+  for (const { key, message } of parseFields(table, values, (_, key) => mapping[key])) {
     problems.push({ path: `${path}.${key}`, message });
   }
   return values as T;
 }
 
 type NodeDefaults = Pick<ClusterNodeFields, keyof typeof DISTRIBUTED_FIELDS>;
-
-function ownValue(mapping: Readonly<Record<string, unknown>>, key: string): unknown {
-  return Object.hasOwn(mapping, key) ? mapping[key] : undefined;
-}
 
 const HOST_ROWS = Object.entries(HOST_FIELDS).map(([name, { key }]) => ({ name, key }));
 
@@ -721,7 +709,7 @@ function parseHosts(hosts: unknown, defaults: NodeDefaults, problems: ConfigProb
 
 function nodeOf(name: string, entry: HostEntry, defaults: NodeDefaults): ClusterNode {
   const fields: Record<string, unknown> = { name, entry };
-  for (const row of HOST_ROWS) fields[row.name] = ownValue(entry, row.key);
+  for (const row of HOST_ROWS) fields[row.name] = entry[row.key];
   for (const key of ["dataServerPort", "statusPath"] as const) if (isUnset(fields[key])) fields[key] = defaults[key];
   return new ClusterNode(fields as unknown as ClusterNodeFields);
 }
@@ -793,7 +781,7 @@ function* findTypos(path: string, section: unknown, known: readonly string[]): G
 
 function* findPlaceholders(path: string, entry: HostEntry): Generator<ConfigProblem> {
   for (const { key } of HOST_ROWS) {
-    const value = ownValue(entry, key);
+    const value = entry[key];
     if (typeof value !== "string" || value.trim() === "") continue;
     const isMasked = /^(?:\S+@)?[\dx]+(?:\.[\dx]+){0,2}(?:\.x+)[\dx.]*$/i.test(value.trim());
     if (isMasked || isUnset(value)) yield { path: `${path}.${key}`, message: "is a placeholder: put the real value" };
@@ -939,7 +927,7 @@ export function selectNodes(nodes: Iterable<ClusterNode>, selection: NodeSelecti
 
 /** What a host has under a key, its own or a known one: several values, if it is a list. */
 function valuesOf(node: ClusterNode, key: string): unknown[] {
-  const own = ownValue(node.entry, key);
+  const own = Object.hasOwn(node.entry, key) ? node.entry[key] : undefined;
   const field = HOST_ROWS.find((row) => row.key === key)?.name as keyof ClusterNode | undefined;
   return [isUnset(own) && field ? node[field] : own].flat().filter((value) => !isUnset(value));
 }
@@ -1232,7 +1220,6 @@ function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs, endM
   return { port, path, check, timeoutMs, endMs, isNetOpen };
 }
 
-/** Checks an option with the parser of the inventory's field. */
 function requireValid<T>(name: string, value: T, parseValue: (value: unknown) => T): void {
   try {
     const parsed = parseValue(value);
@@ -1256,7 +1243,7 @@ function requireCount(name: string, count: number, least: number, most = 2 ** 31
 
 const STATE_RANK: Readonly<Record<NodeState, number>> = { up: 3, unhealthy: 2, unknown: 1, down: 0 };
 
-/** Checks one node, until `controller` is aborted: at its deadline, with a {@linkcode timeoutError}. */
+/** Checks one node, until `controller` is aborted: at its deadline, with a `TimeoutError`. */
 async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: AbortController): Promise<NodeProbe> {
   const unchecked = uncheckedProbe(node, settings);
   const { endpoints } = unchecked;
@@ -1290,10 +1277,6 @@ function uncheckedProbe(node: ClusterNode, { check, port }: Pick<PoolOptions, "c
     endpoint,
     endpoints,
   };
-}
-
-function timeoutError(ms: number): DOMException {
-  return new DOMException(formatMs(ms), "TimeoutError");
 }
 
 /** `250 ms`, `1.5 s`, `60 s`. */
@@ -1391,7 +1374,6 @@ class ProbeFault extends Error {
 
 const NO_DESCRIPTORS = "this machine ran out of descriptors";
 
-/** What the system says of a connection that cannot be made. */
 const CONNECT_FAILURES: readonly (readonly [FailureCode, string, ...string[]])[] = [
   ["refused", "nothing listens on the port", "ECONNREFUSED"],
   ["unreachable", "no route to the host", "ENETUNREACH", "EHOSTUNREACH"],
@@ -1404,18 +1386,19 @@ const CONNECT_FAILURES: readonly (readonly [FailureCode, string, ...string[]])[]
 /** What a fault means: of the connection, or of the answer, if there is a path; the usual path is not named. */
 function probeFailure(error: unknown, path?: string): ProbeFailure {
   const text = errorText(error);
-  const failure = (code: FailureCode, message: string): ProbeFailure => {
-    return { code, message: path === undefined || path === "/status" ? message : `${message} at ${path}` };
-  };
-  if (error instanceof ProbeFault) return failure(error.code, text);
+  const at = path === undefined || path === "/status" ? "" : ` at ${path}`;
+  if (error instanceof ProbeFault) return { code: error.code, message: text + at };
   if (error instanceof DOMException && error.name === "TimeoutError") {
-    return failure("timeout", `${path === undefined ? "no connection" : "accepted, but no answer"} within ${text}`);
+    const what = path === undefined ? "no connection" : "accepted, but no answer";
+    return { code: "timeout", message: `${what} within ${text}${at}` };
   }
-  if (path !== undefined) return failure("bad-response", tlsFault(error) ?? `the connection broke (${text})`);
-  if (error instanceof Deno.errors.NotCapable) return failure("denied", text);
+  const answer = tlsFault(error) ?? `the connection broke (${text})`;
+  if (path !== undefined) return { code: "bad-response", message: answer + at };
+  if (error instanceof Deno.errors.NotCapable) return { code: "denied", message: text };
   const known = CONNECT_FAILURES.find(([, , ...codes]) => codes.includes((error as { code: string }).code));
-  if (known) return failure(known[0], known[1]);
-  return /failed to lookup address/.test(text) ? failure("dns", "the name does not resolve") : failure("other", text);
+  if (known) return { code: known[0], message: known[1] };
+  const isLookup = /failed to lookup address/.test(text);
+  return isLookup ? { code: "dns", message: "the name does not resolve" } : { code: "other", message: text };
 }
 
 // --- The HTTP answer ---
@@ -1534,7 +1517,6 @@ export class ResponseReader {
     }
   }
 
-  /** Takes all that comes until the stream ends. */
   async rest(): Promise<Bytes> {
     while (await this.fill()) if (this.pending.length > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
     return await this.take(this.pending.length);
@@ -1653,11 +1635,16 @@ class ProbePool {
   async run(): Promise<void> {
     const { signal } = this.options;
     signal?.throwIfAborted();
-    openSignalSockets();
     // One listener and one timer for the whole call: one of each for a node would take longer than to connect.
     const abort = () => this.#done.reject(signal?.reason);
     signal?.addEventListener("abort", abort);
     const timer = setInterval(() => this.#tick(), TICK_MS);
+    // Has Deno open its sockets for signals: it would half a second later, and panic if a sweep has every descriptor.
+    // A system that has no such signal opens no such sockets.
+    if (Deno.build.os !== "windows") {
+      Deno.addSignalListener("SIGWINCH", abort);
+      Deno.removeSignalListener("SIGWINCH", abort);
+    }
     this.#pump();
     await this.#done.promise.finally(() => {
       clearInterval(timer);
@@ -1683,7 +1670,7 @@ class ProbePool {
     const nowMs = performance.now();
     for (const [controller, endMs] of this.#running) {
       if (endMs > nowMs) break;
-      controller.abort(timeoutError(this.#settings.timeoutMs));
+      controller.abort(new DOMException(formatMs(this.#settings.timeoutMs), "TimeoutError"));
     }
     for (const [index, dueMs] of this.#waiting) {
       if (dueMs <= nowMs && this.#waiting.delete(index)) this.#queue.push(index);
@@ -1724,17 +1711,6 @@ class ProbePool {
     }
     this.onOutcome(probe, index);
     this.#pump();
-  }
-}
-
-/** Has Deno open its sockets for signals: it would half a second later, and panic if a sweep has every descriptor. */
-function openSignalSockets(): void {
-  const ignore = () => {};
-  try {
-    Deno.addSignalListener("SIGWINCH", ignore);
-    Deno.removeSignalListener("SIGWINCH", ignore);
-  } catch {
-    // A system that has no such signals opens no such sockets.
   }
 }
 
@@ -1974,13 +1950,11 @@ function selfTest(): (node: ClusterNode) => boolean {
   const hostname = isGranted("hostname") ? Deno.hostname().toLowerCase() : "localhost";
   const name = nodeId?.toLowerCase() ?? hostname;
   const names = [name, name.split(".", 1)[0]!];
-  const interfaces = isGranted("networkInterfaces")
-    ? Deno.networkInterfaces().map(({ address }) => address.toLowerCase())
-    : [];
-  const addresses = new Set([...names, hostname, "localhost", "127.0.0.1", "::1", ...interfaces]);
+  const interfaces = isGranted("networkInterfaces") ? Deno.networkInterfaces() : [];
+  const addresses = ["localhost", "127.0.0.1", "::1", ...interfaces.map(({ address }) => address.toLowerCase())];
+  const hosts = new Set([...names, hostname, ...addresses]);
   const hostsOf = (node: ClusterNode) => [...node.addresses, ...dataEndpoints(node).map(({ host }) => host)];
-  return (node) =>
-    names.includes(node.name.toLowerCase()) || hostsOf(node).some((host) => addresses.has(host.toLowerCase()));
+  return (node) => names.includes(node.name.toLowerCase()) || hostsOf(node).some((it) => hosts.has(it.toLowerCase()));
 }
 
 // --- Commands over ssh ---
@@ -2027,7 +2001,8 @@ export function sshCommand(
     throw new TypeError(`Cannot build the ssh command of ${JSON.stringify(node.name)}: ${problems.join("; ")}`);
   }
   // The first value that ssh is given wins, so that a default is left out if the caller sets it.
-  const orDefault = (key: string, ...words: string[]) => isSet(extra, key) ? [] : words;
+  const isSet = (key: string) => extra.some((option) => option.toLowerCase().startsWith(`${key.toLowerCase()}=`));
+  const orDefault = (key: string, ...words: string[]) => isSet(key) ? [] : words;
   return [
     "ssh",
     ...orDefault("BatchMode", "-o", "BatchMode=yes"),
@@ -2043,11 +2018,7 @@ export function sshCommand(
 
 /** Whether options have ssh connect to something else than an endpoint of the node. */
 function goesElsewhere({ options = [] }: SshOptions): boolean {
-  return isSet(options, "ProxyJump", "ProxyCommand", "HostName", "Port");
-}
-
-function isSet(options: readonly string[], ...keys: string[]): boolean {
-  return options.some((option) => keys.some((key) => option.toLowerCase().startsWith(`${key.toLowerCase()}=`)));
+  return options.some((option) => /^(?:ProxyJump|ProxyCommand|HostName|Port)=/i.test(option));
 }
 
 function sshOptionFault(option: string): string | undefined {
