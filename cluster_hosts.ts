@@ -446,13 +446,8 @@ export type HostsConfig = {
 /** The text of an inventory, and the path or the URL that it is from. It is empty if the default file is missing. */
 export type HostsConfigText = { readonly text: string; readonly origin: string; readonly exists: boolean };
 
-/** Options of {@linkcode loadHostsConfig} and {@linkcode readHostsConfig}. */
-export interface LoadOptions {
-  /** How long a URL may take, in milliseconds. @default {5000} */
-  readonly timeoutMs?: number | undefined;
-  /** Aborts the loading of a URL, which then rejects with the signal's reason. */
-  readonly signal?: AbortSignal | undefined;
-}
+/** Options of {@linkcode loadHostsConfig}: how long a URL may take, by default 5000 ms, and what aborts its loading. */
+export type LoadOptions = Pick<ProbeOptions, "timeoutMs" | "signal">;
 
 /** Reads the text that {@linkcode loadHostsConfig} would load; the default file alone may be missing. */
 export async function readHostsConfig(source?: string | URL, options: LoadOptions = {}): Promise<HostsConfigText> {
@@ -831,10 +826,9 @@ async function unifiedPort(): Promise<number | undefined> {
   if (readVariable(variable) === undefined) return undefined;
   const { text, origin } = await readText(undefined, variable, {});
   return withoutProblems(origin, text, (problems) => {
-    const document = parseYaml(text);
-    const section = isMapping(document) ? document.distributed : {};
+    const { distributed } = Object(parseYaml(text)) as Record<string, unknown>;
     const { dataServerPort } = DISTRIBUTED_FIELDS;
-    return parseSection<NodeDefaults>("distributed", section, { dataServerPort }, problems).dataServerPort;
+    return parseSection<NodeDefaults>("distributed", distributed, { dataServerPort }, problems).dataServerPort;
   });
 }
 
@@ -1247,14 +1241,9 @@ const STATE_RANK: Readonly<Record<NodeState, number>> = { up: 3, unhealthy: 2, u
 async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: AbortController): Promise<NodeProbe> {
   const unchecked = uncheckedProbe(node, settings);
   const { endpoints } = unchecked;
-  const check = (endpoint: Endpoint) => probeEndpoint(unchecked, endpoint, settings, controller.signal);
+  const check = (endpoint: Endpoint) => probeEndpoint(unchecked, endpoint, settings, controller);
   if (endpoints.length === 1) return await check(endpoints[0]!);
-  const attempt = async (endpoint: Endpoint) => {
-    const probe = await check(endpoint);
-    if (probe.state === "up") controller.abort();
-    return probe;
-  };
-  const outcomes = await raceEndpoints(endpoints, attempt, controller.signal);
+  const outcomes = await raceEndpoints(endpoints, check, controller.signal);
   const [best = unchecked] = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state]);
   const isOneReason = outcomes.every(({ failure }) => failure?.message === best.failure?.message);
   if (best.connectMs !== undefined || isOneReason) return best;
@@ -1301,7 +1290,8 @@ async function settledOrAfter(promise: Promise<unknown>, ms: number): Promise<vo
   await Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }
 
-async function probeEndpoint(unchecked: NodeProbe, endpoint: Endpoint, settings: ProbeSettings, signal: AbortSignal) {
+async function probeEndpoint(unchecked: NodeProbe, endpoint: Endpoint, settings: ProbeSettings, race: AbortController) {
+  const { signal } = race;
   const { host, port } = endpoint;
   const path = statusPath(unchecked.node, settings);
   const started = performance.now();
@@ -1320,6 +1310,7 @@ async function probeEndpoint(unchecked: NodeProbe, endpoint: Endpoint, settings:
     }
     probe.state = "up";
     probe.failure = undefined;
+    if (unchecked.endpoints.length > 1) race.abort();
   } catch (error) {
     const fault = signal.aborted && !(error instanceof ProbeFault) ? signal.reason : error;
     probe.failure = probeFailure(fault, probe.address && endpoint.path + path);
@@ -1354,9 +1345,9 @@ async function lookUp(name: string, port: number, signal: AbortSignal): Promise<
     });
   };
   const abort = () => {
-    const hasWaited = lookupsWaiting.delete(start);
-    if (hasWaited) reject(new ProbeFault("local-resource", `its lookup had no turn: ${MAX_LOOKUPS} other names hang`));
-    else reject(new ProbeFault("timeout", "the name lookup did not end in time"));
+    const isLate = !lookupsWaiting.delete(start);
+    if (isLate) reject(new ProbeFault("timeout", "the name lookup did not end in time"));
+    else reject(new ProbeFault("local-resource", `its lookup had no turn: ${MAX_LOOKUPS} other names hang`));
   };
   if (lookupsRunning < MAX_LOOKUPS) start();
   else lookupsWaiting.add(start);
@@ -1535,19 +1526,16 @@ export async function readHead(reader: ResponseReader): Promise<{ status: number
     budget -= head.length;
     const status = Number(/^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(head)?.[1]);
     if (!status) throw badResponse("the answer is not HTTP/1");
-    if (status >= 200) return { status, headers: parseHeaders(head) };
+    if (status < 200) continue;
+    const headers = new Map<string, string>();
+    for (const [, field = "", text = ""] of head.matchAll(/\n([^:\n]+):([^\n]*)/g)) {
+      const [name, value] = [field.toLowerCase(), text.trim()];
+      const isOther = name === "content-length" && (headers.get(name) ?? value) !== value;
+      if (isOther) throw badResponse("two Content-Length that differ");
+      headers.set(name, value);
+    }
+    return { status, headers };
   }
-}
-
-function parseHeaders(head: string): Map<string, string> {
-  const headers = new Map<string, string>();
-  for (const [, field = "", text = ""] of head.matchAll(/\n([^:\n]+):([^\n]*)/g)) {
-    const [name, value] = [field.toLowerCase(), text.trim()];
-    const isOther = name === "content-length" && (headers.get(name) ?? value) !== value;
-    if (isOther) throw badResponse("two Content-Length that differ");
-    headers.set(name, value);
-  }
-  return headers;
 }
 
 /** Reads a body whose end its headers tell, or else the end of the stream. Exported for the tests. */
@@ -1567,9 +1555,9 @@ export async function readChunks(reader: ResponseReader): Promise<Bytes> {
   const chunks: Bytes[] = [];
   const noSize = () => badResponse("a chunk without a size, or longer than it");
   for (let total = 0;;) {
-    const digits = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.until(LINE_END, 1024, noSize))?.[1];
-    if (!digits) throw noSize();
+    const [, digits = ""] = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.until(LINE_END, 1024, noSize)) ?? [];
     const size = parseInt(digits, 16);
+    if (Number.isNaN(size)) throw noSize();
     total += size;
     if (total > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
     if (size === 0) return new Uint8Array(await new Blob(chunks).arrayBuffer());
@@ -1641,10 +1629,9 @@ class ProbePool {
     const timer = setInterval(() => this.#tick(), TICK_MS);
     // Has Deno open its sockets for signals: it would half a second later, and panic if a sweep has every descriptor.
     // A system that has no such signal opens no such sockets.
-    if (Deno.build.os !== "windows") {
-      Deno.addSignalListener("SIGWINCH", abort);
-      Deno.removeSignalListener("SIGWINCH", abort);
-    }
+    const ignore = () => {};
+    if (Deno.build.os !== "windows") Deno.addSignalListener("SIGWINCH", ignore);
+    if (Deno.build.os !== "windows") Deno.removeSignalListener("SIGWINCH", ignore);
     this.#pump();
     await this.#done.promise.finally(() => {
       clearInterval(timer);
@@ -1794,9 +1781,8 @@ export async function discoverReachableNodes(options: DiscoverOptions = {}): Pro
   options.signal?.throwIfAborted();
   const config = await loadHostsConfig(options.source, { signal: options.signal });
   const nodes = selectNodes((await getClusterNodes(config)).values(), options.selection);
-  return (await upProbes(nodes, options)).map(({ node, status = {}, address = "", connectMs = 0 }) => {
-    return { node, status, address, connectMs };
-  });
+  const probes = await upProbes(nodes, options);
+  return probes.map(({ node, status = {}, address = "", connectMs = 0 }) => ({ node, status, address, connectMs }));
 }
 
 /** Options of {@linkcode watchNodes}. */
@@ -2051,10 +2037,7 @@ export function racedSshEndpoints(node: ClusterNode, options: SshOptions = {}): 
  *
  * @throws {TypeError} if the node has no address
  */
-export async function findSshEndpoint(
-  node: ClusterNode,
-  options: SshOptions & { readonly signal?: AbortSignal | undefined } = {},
-): Promise<Endpoint> {
+export async function findSshEndpoint(node: ClusterNode, options: RunOptions = {}): Promise<Endpoint> {
   const { signal, endpoint } = options;
   signal?.throwIfAborted();
   const first = endpoint ?? sshEndpoints(node)[0];
@@ -2114,9 +2097,9 @@ export async function runOnNodes(
   command: readonly string[] | ((node: ClusterNode) => readonly string[]),
   options: RunOptions = {},
 ): Promise<CommandResult[]> {
-  const { concurrency = DEFAULTS.commandConcurrency, timeoutMs = DEFAULTS.commandTimeoutMs, signal } = options;
+  const { concurrency = DEFAULTS.commandConcurrency, signal } = options;
   requireCount("concurrency", concurrency, 1);
-  requireDuration("timeoutMs", timeoutMs);
+  requireDuration("timeoutMs", options.timeoutMs ?? DEFAULTS.commandTimeoutMs);
   signal?.throwIfAborted();
   const runs = Array.from(nodes, (node) => ({ node, words: typeof command === "function" ? command(node) : command }));
   const isNone = ({ words }: { words: readonly string[] }) => !Array.isArray(words) || words.length === 0;
@@ -2133,7 +2116,7 @@ export async function runOnNodes(
   const runNext = async () => {
     for (const [index, { node, words }] of queue) {
       ended.throwIfAborted();
-      const result = await runOnNode(node, words, { ...options, timeoutMs, signal: ended });
+      const result = await runOnNode(node, words, options, ended);
       results[index] = result;
       options.onResult?.(result);
     }
@@ -2145,14 +2128,11 @@ export async function runOnNodes(
 }
 
 type SshOutput = Omit<CommandResult, "node" | "durationMs" | "failure">;
+type SshFailure = [code?: CommandFailureCode, message?: string];
 
-async function runOnNode(
-  node: ClusterNode,
-  words: readonly string[],
-  options: RunOptions & { readonly timeoutMs: number; readonly signal: AbortSignal },
-): Promise<CommandResult> {
+async function runOnNode(node: ClusterNode, words: readonly string[], options: RunOptions, signal: AbortSignal) {
   const started = performance.now();
-  const { timeoutMs, signal } = options;
+  const { timeoutMs = DEFAULTS.commandTimeoutMs } = options;
   let output: SshOutput = { exitCode: null, signal: null, stdout: "", stderr: "", truncated: false };
   const result = (code?: CommandFailureCode, message = ""): CommandResult => {
     const durationMs = Math.round(performance.now() - started);
@@ -2243,12 +2223,8 @@ const NAMES_HOST = /@|\b(?:port|host|hostname|server) |Connection to /;
 const UNKNOWN_KEY =
   "the host key is not known: --ssh-option StrictHostKeyChecking=accept-new accepts it (scripts: options)";
 
-function commandFailure(
-  { exitCode, signal, stdout, stderr }: SshOutput,
-  node: ClusterNode,
-  { host }: Endpoint,
-  options: SshOptions,
-): [CommandFailureCode?, string?] {
+function commandFailure(output: SshOutput, node: ClusterNode, { host }: Endpoint, options: SshOptions): SshFailure {
+  const { exitCode, signal, stdout, stderr } = output;
   if (signal) return ["signal", `ended by ${signal}`];
   if (exitCode === 0) return [];
   const line = stderr.trimEnd().split(/\r?\n/).at(-1)!;
