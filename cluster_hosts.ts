@@ -149,10 +149,7 @@ function tlsFault(error: unknown): string | undefined {
 
 // --- Host fields ---
 
-/**
- * One field: its key in the inventory, how it is parsed, and what it is if it is not set. The parser gives the value, or
- * throws {@linkcode InvalidValue}. Strings come to it trimmed; what is unset does not.
- */
+/** One field: its key, its parser, which is given no blank and throws {@linkcode InvalidValue}, and its default. */
 type Field<T> = { readonly key: string; readonly parse: (value: unknown) => T; readonly fallback?: T };
 
 /** Every field of a host. To add one: a row here, and the property of {@linkcode ClusterNode} that documents it. */
@@ -491,11 +488,10 @@ async function fetchConfig(url: string, options: LoadOptions): Promise<Uint8Arra
   try {
     // A redirect could lead to a host for which no permission was given, and then Deno would ask.
     const response = await fetch(url, { redirect: "manual", signal: ended });
-    const { status } = response;
-    if (status === 200) return await response.bytes();
+    if (response.status === 200) return await response.bytes();
     await response.body?.cancel();
-    const hint = status >= 300 && status < 400 ? ", a redirect: use the URL it leads to" : "";
-    return invalid(`answered HTTP ${status}${hint}`);
+    const hint = response.status >= 300 && response.status < 400 ? ", a redirect: use the URL it leads to" : "";
+    return invalid(`answered HTTP ${response.status}${hint}`);
   } catch (error) {
     signal?.throwIfAborted();
     if (error instanceof InvalidValue) throw error;
@@ -509,8 +505,7 @@ function decodeConfig(bytes: Uint8Array): string {
   try {
     return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch (error) {
-    const isUtf16 = [0xfffe, 0xfeff].includes(256 * bytes[0]! + bytes[1]!);
-    return invalid(`is ${isUtf16 ? "UTF-16" : "not UTF-8"}: save it as UTF-8`, error);
+    return invalid(`is ${bytes[0]! + bytes[1]! === 0xff + 0xfe ? "UTF-16" : "not UTF-8"}: save it as UTF-8`, error);
   }
 }
 
@@ -575,10 +570,7 @@ function withoutProblems<T>(origin: string, text: string, parse: (problems: Conf
   throw new HostsConfigError(origin, locate(problems, text));
 }
 
-/**
- * Finds every problem of an inventory, in the order of the file; if there is none, everything that is allowed and
- * probably not meant: a misspelt key, an unknown status, a node without an address, a placeholder and the like.
- */
+/** Every problem of an inventory, in its order; if there is none, what is allowed and probably not meant: warnings. */
 export function validateHostsConfig(
   text: string,
 ): { config?: HostsConfig; problems: ConfigProblem[]; warnings: ConfigProblem[] } {
@@ -621,7 +613,7 @@ function findTab(text: string): number | undefined {
   }
 }
 
-/** How many values a tree holds, an alias counted at each of its places; infinite if one holds itself, or is too deep. */
+/** How many values a tree holds, an alias counted wherever it stands; infinite if one holds itself, or is too deep. */
 function treeSize(value: unknown, levels = MAX_DEPTH, sizes = new Map<object, number>()): number {
   if (typeof value !== "object" || value === null) return 1;
   const known = sizes.get(value);
@@ -681,7 +673,11 @@ function parseSection<T>(path: string, section: unknown, table: FieldTable, prob
   return values as T;
 }
 
-type NodeDefaults = Pick<ClusterNodeFields, keyof typeof DISTRIBUTED_FIELDS>;
+type NodeDefaults = {
+  readonly dataServerPort?: number;
+  readonly statusPath?: string;
+  readonly [name: string]: unknown;
+};
 
 const HOST_ROWS = Object.entries(HOST_FIELDS).map(([name, { key }]) => ({ name, key }));
 
@@ -692,21 +688,16 @@ function parseHosts(hosts: unknown, defaults: NodeDefaults, problems: ConfigProb
   for (const [name, entry] of Object.entries(mapping)) {
     const path = `hosts.${CONTROL_TEXT.test(name) ? JSON.stringify(name) : name}`;
     try {
-      if (!isMapping(entry)) invalid(`expected a mapping, got ${typeName(entry)}`);
-      nodes.set(name, nodeOf(name, entry as HostEntry, defaults));
+      if (!isMapping(entry)) return invalid(`expected a mapping, got ${typeName(entry)}`);
+      const fields: Record<string, unknown> = { entry };
+      for (const row of HOST_ROWS) fields[row.name] = isUnset(entry[row.key]) ? defaults[row.name] : entry[row.key];
+      nodes.set(name, new ClusterNode({ ...fields, name }));
     } catch (error) {
       const { cause = [{ key: "", message: invalidText(error) }] } = error as { cause?: FieldProblem[] };
       for (const { key, message } of cause) problems.push({ path: key ? `${path}.${key}` : path, message });
     }
   }
   return nodes;
-}
-
-function nodeOf(name: string, entry: HostEntry, defaults: NodeDefaults): ClusterNode {
-  const fields: Record<string, unknown> = { name, entry };
-  for (const row of HOST_ROWS) fields[row.name] = entry[row.key];
-  for (const key of ["dataServerPort", "statusPath"] as const) if (isUnset(fields[key])) fields[key] = defaults[key];
-  return new ClusterNode(fields as unknown as ClusterNodeFields);
 }
 
 /** Adds the lines, and sorts by them. What is in flow style gets the line of its parent. */
@@ -805,10 +796,7 @@ function* findTwins(nodes: Iterable<ClusterNode>): Generator<ConfigProblem> {
 
 // --- Getters ---
 
-/**
- * All nodes by name, in the order of the inventory. A node's data port is its own `data_server_port`, else that of
- * `distributed`, else the same one of the unified config, the YAML file that `RINGRIFT_CONFIG_PATH` names, else 8766.
- */
+/** All nodes by name, in the order of the inventory, with the data port of `RINGRIFT_CONFIG_PATH` if they set none. */
 export async function getClusterNodes(source?: ConfigSource): Promise<Map<string, ClusterNode>> {
   const { nodes, needsUnifiedPort } = await loadParsed(source);
   const dataServerPort = needsUnifiedPort ? await unifiedPort() : undefined;
@@ -907,12 +895,11 @@ export function selectNodes(nodes: Iterable<ClusterNode>, selection: NodeSelecti
   const all = [...nodes];
   const named = names && matchNames(all, names);
   const excluded = exclude && matchNames(all, exclude).matched;
-  const isAmong = (text: string, words: readonly string[]) =>
-    words.some((word) => word.toLowerCase() === text.toLowerCase());
+  const has = (words: readonly string[], text: string) => words.some((it) => it.toLowerCase() === text.toLowerCase());
   const wanted = Object.entries(where).map(([key, value]) => ({ key, values: [value].flat().map(String) }));
   return all.filter((node) =>
     (!named || named.matched.has(node)) && !excluded?.has(node) &&
-    (!roles || isAmong(node.role, roles)) && (!statuses || isAmong(node.status, statuses)) &&
+    (!roles || has(roles, node.role)) && (!statuses || has(statuses, node.status)) &&
     (!gpus || gpus.some((part) => node.gpu.toLowerCase().includes(part.toLowerCase()))) &&
     wanted.every(({ key, values }) => valuesOf(node, key).some((value) => values.includes(String(value)))) &&
     (includeInactive || node.isActive || named?.exact.has(node) || statuses !== undefined)
@@ -1200,7 +1187,8 @@ type ProbeSettings = ReturnType<typeof probeSettings>;
 /** Internally, a check may also be that an ssh server greets, and a call may have an end: see `performance.now()`. */
 type PoolOptions = Omit<SweepOptions, "check"> & { check?: "http" | "tcp" | "ssh" | undefined; endMs?: number };
 
-function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs, endMs = Infinity }: PoolOptions) {
+function probeSettings({ port, path, check, signal, endMs = Infinity, ...options }: PoolOptions) {
+  const { timeoutMs = DEFAULTS.timeoutMs, concurrency = DEFAULTS.concurrency } = options;
   const fault = unsupportedDeno();
   if (fault) throw new Error(fault);
   if (port !== undefined) requireValid("port", port, parsePort);
@@ -1209,9 +1197,10 @@ function probeSettings({ port, path, check, timeoutMs = DEFAULTS.timeoutMs, endM
     throw new TypeError(`Cannot use check "${check}": expected "http" or "tcp"`);
   }
   requireDuration("timeoutMs", timeoutMs);
+  requireCount("concurrency", concurrency, 1);
   // If every host may be connected to, thousands need no query of their own.
   const isNetOpen = Deno.permissions.querySync({ name: "net" }).state === "granted";
-  return { port, path, check, timeoutMs, endMs, isNetOpen };
+  return { port, path, check, timeoutMs, endMs, concurrency, signal, isNetOpen };
 }
 
 function requireValid<T>(name: string, value: T, parseValue: (value: unknown) => T): void {
@@ -1252,20 +1241,12 @@ async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: 
 }
 
 /** What there is to say of a node that was not checked, for want of an address. */
-function uncheckedProbe(node: ClusterNode, { check, port }: Pick<PoolOptions, "check" | "port">): NodeProbe {
-  const endpoints = check === "ssh" ? sshEndpoints(node) : dataEndpoints(node, port);
-  const [endpoint] = endpoints;
+function uncheckedProbe(node: ClusterNode, { check, port: wanted }: Pick<PoolOptions, "check" | "port">): NodeProbe {
+  const endpoints = check === "ssh" ? sshEndpoints(node) : dataEndpoints(node, wanted);
+  const port = endpoints[0]?.port ?? wanted ?? node.dataServerPort;
   const failure = { code: "no-address", message: "set tailscale_ip or ssh_host" } as const;
   const nothing = { address: undefined, connectMs: undefined, responseMs: undefined, status: undefined };
-  return {
-    node,
-    state: "down",
-    ...nothing,
-    port: endpoint?.port ?? port ?? node.dataServerPort,
-    failure,
-    endpoint,
-    endpoints,
-  };
+  return { node, state: "down", ...nothing, port, failure, endpoint: endpoints[0], endpoints };
 }
 
 /** `250 ms`, `1.5 s`, `60 s`. */
@@ -1356,7 +1337,6 @@ async function lookUp(name: string, port: number, signal: AbortSignal): Promise<
   await promise;
 }
 
-/** A failed check whose reason is known at the place where it is found. */
 class ProbeFault extends Error {
   constructor(readonly code: FailureCode, message: string) {
     super(message);
@@ -1394,7 +1374,7 @@ function probeFailure(error: unknown, path?: string): ProbeFailure {
 
 // --- The HTTP answer ---
 
-/** One GET. `fetch` would obey proxies of the environment; `node:http` takes twice the time and memory. */
+/** One GET, or a greeting. `fetch` would obey the environment's proxies; `node:http` takes twice the time. */
 async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint, path: string, signal: AbortSignal) {
   const { protocol, host, port, path: base } = endpoint;
   let conn: Deno.Conn = tcp;
@@ -1410,20 +1390,13 @@ async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint, path: string
         "Accept-Encoding: identity\r\nUser-Agent: cluster-hosts\r\nConnection: close\r\n\r\n",
     );
     const reader = new ResponseReader(conn);
-    if (protocol === "ssh") return await readGreeting(reader);
+    // An ssh server greets first, perhaps after other lines.
+    while (protocol === "ssh") if ((await reader.until(/\r?\n/, MAX_HEAD_BYTES)).startsWith("SSH-")) return undefined;
     for (let sent = 0; sent < request.length;) sent += await conn.write(request.subarray(sent));
     return await readAnswer(reader, path === "/status");
   } finally {
     close();
   }
-}
-
-/** Reads what an ssh server greets with; it may say other lines first. */
-async function readGreeting(reader: ResponseReader): Promise<undefined> {
-  for (let lines = 0; lines < 100; lines++) {
-    if ((await reader.until(LINE_END, MAX_HEAD_BYTES)).startsWith("SSH-")) return;
-  }
-  throw badResponse("the answer is not that of an ssh server");
 }
 
 /** Reads an answer. A status page has to be a JSON object; at any other path, a whole answer is enough. */
@@ -1457,7 +1430,6 @@ function tooLarge(what: string, maxBytes: number): ProbeFault {
 type Bytes = Uint8Array<ArrayBuffer>;
 
 const LATIN1 = new TextDecoder("latin1");
-const LINE_END = /\r?\n/;
 
 /** Reads an answer piece by piece, never more than it may have. Exported for the tests. */
 export class ResponseReader {
@@ -1555,14 +1527,14 @@ export async function readChunks(reader: ResponseReader): Promise<Bytes> {
   const chunks: Bytes[] = [];
   const noSize = () => badResponse("a chunk without a size, or longer than it");
   for (let total = 0;;) {
-    const [, digits = ""] = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.until(LINE_END, 1024, noSize)) ?? [];
+    const [, digits = ""] = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.until(/\r?\n/, 1024, noSize)) ?? [];
     const size = parseInt(digits, 16);
     if (Number.isNaN(size)) throw noSize();
     total += size;
     if (total > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
     if (size === 0) return new Uint8Array(await new Blob(chunks).arrayBuffer());
     chunks.push(await reader.take(size));
-    if (await reader.until(LINE_END, 1, noSize) !== "") throw noSize();
+    if (await reader.until(/\r?\n/, 1, noSize) !== "") throw noSize();
   }
 }
 
@@ -1589,39 +1561,36 @@ export interface SweepOptions extends ProbeOptions {
   readonly onProbe?: ((probe: NodeProbe) => void) | undefined;
 }
 
+type OutcomeHandler = (probe: NodeProbe, index: number) => void;
+
 /** Probes nodes: a few at a time while answers are fast, else as many as descriptors allow. */
 class ProbePool {
   isOver = false;
+  /** When nodes are probed again, by index; see `performance.now()`. */
+  readonly dueMs = new Map<number, number>();
+  onOutcome: OutcomeHandler;
   readonly #settings: ProbeSettings;
   readonly #done = Promise.withResolvers<void>();
   /** What is under way, the oldest first, and when its time is over. */
   readonly #running = new Map<AbortController, number>();
-  /** When those nodes are probed again that have been; by index. */
-  readonly #waiting = new Map<number, number>();
   /** The indexes of the nodes; those from `#next` on have yet to be probed. */
   readonly #queue: number[];
   #next = 0;
-  /** How many nodes may be under way now, and at most. */
+  /** How many nodes may be under way now. */
   #limit: number;
-  #maxLimit: number;
   readonly #lookedUp = new Set<number>();
   #endedLately = 0;
 
-  constructor(
-    readonly nodes: readonly ClusterNode[],
-    readonly options: PoolOptions,
-    public onOutcome: (probe: NodeProbe, index: number) => void,
-  ) {
-    this.#queue = [...nodes.keys()];
+  constructor(readonly nodes: readonly ClusterNode[], options: PoolOptions, onOutcome: OutcomeHandler) {
+    this.onOutcome = onOutcome;
     this.#settings = probeSettings(options);
-    this.#maxLimit = options.concurrency ?? DEFAULTS.concurrency;
-    requireCount("concurrency", this.#maxLimit, 1);
-    this.#limit = Math.min(INITIAL_CONCURRENCY, this.#maxLimit);
+    this.#limit = Math.min(INITIAL_CONCURRENCY, this.#settings.concurrency);
+    this.#queue = [...nodes.keys()];
   }
 
-  /** Probes each node once, and those that are added, until it is finished; rejects when the signal aborts. */
+  /** Probes each node once, and again what is due, until nothing is left; rejects when the signal aborts. */
   async run(): Promise<void> {
-    const { signal } = this.options;
+    const { signal } = this.#settings;
     signal?.throwIfAborted();
     // One listener and one timer for the whole call: one of each for a node would take longer than to connect.
     const abort = () => this.#done.reject(signal?.reason);
@@ -1641,11 +1610,6 @@ class ProbePool {
     });
   }
 
-  /** Probes a node again, at a time of `performance.now()`. */
-  add(index: number, dueMs: number): void {
-    this.#waiting.set(index, dueMs);
-  }
-
   /** Ends {@linkcode run}: nothing more is started or reported. */
   finish(): void {
     this.isOver = true;
@@ -1659,12 +1623,12 @@ class ProbePool {
       if (endMs > nowMs) break;
       controller.abort(new DOMException(formatMs(this.#settings.timeoutMs), "TimeoutError"));
     }
-    for (const [index, dueMs] of this.#waiting) {
-      if (dueMs <= nowMs && this.#waiting.delete(index)) this.#queue.push(index);
+    for (const [index, dueMs] of this.dueMs) {
+      if (dueMs <= nowMs && this.dueMs.delete(index)) this.#queue.push(index);
     }
     // If as many have ended as may be under way, more of them at once would only be slower.
     const isSlow = this.#endedLately < this.#limit && this.#queue.length > 0;
-    if (isSlow) this.#limit = Math.min(this.#maxLimit, this.#limit + Math.min(this.#limit, MAX_GROWTH));
+    if (isSlow) this.#limit = Math.min(this.#settings.concurrency, this.#limit + Math.min(this.#limit, MAX_GROWTH));
     this.#endedLately = 0;
     // What the end cuts off is reported yet.
     if (nowMs >= this.#settings.endMs) this.isOver = true;
@@ -1677,7 +1641,8 @@ class ProbePool {
     }
     // What was started is forgotten, or a watch would fill the queue without end.
     if (this.#next === this.#queue.length) this.#next = this.#queue.length = 0;
-    if (this.isOver && this.#running.size === 0) this.finish();
+    const isDone = this.#queue.length === 0 && this.dueMs.size === 0;
+    if (this.#running.size === 0 && (isDone || this.isOver)) this.finish();
   }
 
   async #probe(index: number): Promise<void> {
@@ -1691,7 +1656,7 @@ class ProbePool {
     const isShort = !isSecond || (probe.state !== "up" && probe.failure?.message.includes(NO_DESCRIPTORS));
     if (isShort && this.#running.size > 0 && !this.isOver) {
       // Another node will give its descriptor back; then this one begins anew, with the whole of its time.
-      if (isSecond) this.#limit = this.#maxLimit = this.#running.size;
+      if (isSecond) this.#limit = this.#settings.concurrency = this.#running.size;
       this.#lookedUp.add(index);
       this.#queue.push(index);
       return;
@@ -1726,14 +1691,10 @@ export async function probeNodes(nodes: Iterable<ClusterNode>, options: SweepOpt
 async function sweep(nodes: Iterable<ClusterNode>, options: PoolOptions): Promise<NodeProbe[]> {
   const list = [...nodes];
   const probes = new Array<NodeProbe>(list.length);
-  let known = 0;
-  const pool = new ProbePool(list, options, (probe, index) => {
+  await new ProbePool(list, options, (probe, index) => {
     probes[index] = probe;
     options.onProbe?.(probe);
-    if (++known === list.length) pool.finish();
-  });
-  if (list.length === 0) pool.finish();
-  await pool.run();
+  }).run();
   return probes;
 }
 
@@ -1754,8 +1715,7 @@ export async function checkHttpEndpoint(
   options: ProbeOptions = {},
 ): Promise<StatusDocument | undefined> {
   requireValid("hostname", hostname, parseHost);
-  const node = new ClusterNode({ name: hostname, tailscaleIp: hostname });
-  const [probe] = await upProbes([node], { ...options, port });
+  const [probe] = await upProbes([new ClusterNode({ name: hostname, tailscaleIp: hostname })], { ...options, port });
   return probe?.status;
 }
 
@@ -1805,6 +1765,8 @@ export async function* watchNodes(nodes: Iterable<ClusterNode>, options: WatchOp
         stream.enqueue({ probe, index, dueMs: performance.now() + intervalMs });
         options.onProbe?.(probe);
       });
+      // What is never due keeps the pool waiting for what is taken.
+      pool.dueMs.set(-1, Infinity);
       pool.run().catch((error) => stream.error(error));
     },
     cancel: () => pool.finish(),
@@ -1812,7 +1774,7 @@ export async function* watchNodes(nodes: Iterable<ClusterNode>, options: WatchOp
   try {
     for await (const { probe, index, dueMs } of outcomes) {
       yield probe;
-      pool!.add(index, dueMs);
+      pool!.dueMs.set(index, dueMs);
     }
   } catch (error) {
     if (!signal?.aborted) throw error;
@@ -1853,7 +1815,7 @@ export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOp
     const isAllowed = probe.failure?.code !== "denied" || probe.endpoints.some((it) => isNetGranted(it.host, it.port));
     // It is asked again shortly before the end, so that none is missed that comes up until then.
     const nowMs = performance.now();
-    if (isAllowed) pool.add(index, Math.min(nowMs + intervalMs, Math.max(nowMs + 50, endMs - 100)));
+    if (isAllowed) pool.dueMs.set(index, Math.min(nowMs + intervalMs, Math.max(nowMs + 50, endMs - 100)));
     else if (denied.push(probe) > list.length - minUp) throwIfDenied(denied);
     if (up >= minUp) pool.finish();
   });
@@ -2032,8 +1994,7 @@ export function racedSshEndpoints(node: ClusterNode, options: SshOptions = {}): 
 }
 
 /**
- * The SSH endpoint of a node that greets first, out of several; the first if none does within two seconds, as behind
- * a jump host, or if net access to them is not permitted.
+ * The SSH endpoint of a node that greets first, out of several; the first one if none does, as behind a jump host.
  *
  * @throws {TypeError} if the node has no address
  */
@@ -2144,9 +2105,8 @@ async function runOnNode(node: ClusterNode, words: readonly string[], options: R
   const ended = AbortSignal.any([signal, deadline.signal]);
   try {
     const endpoint = await findSshEndpoint(node, { ...options, signal: ended });
-    const stdin = options.stdin ? "piped" : "null";
     const argv = sshCommand(node, words, { ...options, endpoint });
-    const child = spawnSsh(argv, { stdin, stdout: "piped", stderr: "piped" });
+    const child = spawnSsh(argv, { stdin: options.stdin ? "piped" : "null", stdout: "piped", stderr: "piped" });
     output = await finishSsh(child, node, options, ended);
     if (!deadline.signal.aborted || output.signal === null) {
       return result(...commandFailure(output, node, endpoint, options));
@@ -2169,9 +2129,9 @@ export function spawnSsh(
   try {
     return new Deno.Command(program, { args, ...streams }).spawn();
   } catch (error) {
-    if (error instanceof Deno.errors.NotFound) error.message = "There is no ssh on the PATH: install OpenSSH";
-    else throw new ProbeFault("local-resource", `ssh cannot be started (${errorText(error)})`);
-    throw error;
+    const isMissing = error instanceof Deno.errors.NotFound;
+    if (isMissing) throw new Deno.errors.NotFound("There is no ssh on the PATH: install OpenSSH");
+    throw new ProbeFault("local-resource", `ssh cannot be started (${errorText(error)})`);
   }
 }
 
@@ -2214,14 +2174,11 @@ async function finishSsh(child: Deno.ChildProcess, node: ClusterNode, options: R
 }
 
 /** What ssh says last if it could not start a command. */
-const NOT_STARTED =
-  /^(?:ssh: |Host key |Connection |kex_|Received disconnect|Unable to negotiate|No user exists)|Permission denied/;
+const NOT_STARTED = /^(?:ssh: |Host key |Connection |kex_|Received |Unable to |No user exists)|Permission denied/;
 /** What it says if it lost the connection while a command ran, perhaps on a line that this began. */
-const LOST =
-  /(?:Connection to \S+ (?:closed by remote host|port \d+: )|Timeout, server |Read from remote host |client_loop: ).*/;
+const LOST = /(?:Connection to \S+ (?:closed by|port \d+:)|Timeout, server |Read from remote host |client_loop: ).*/;
 const NAMES_HOST = /@|\b(?:port|host|hostname|server) |Connection to /;
-const UNKNOWN_KEY =
-  "the host key is not known: --ssh-option StrictHostKeyChecking=accept-new accepts it (scripts: options)";
+const NEW_KEY = "the host key is unknown: --ssh-option StrictHostKeyChecking=accept-new accepts it (scripts: options)";
 
 function commandFailure(output: SshOutput, node: ClusterNode, { host }: Endpoint, options: SshOptions): SshFailure {
   const { exitCode, signal, stdout, stderr } = output;
@@ -2236,7 +2193,7 @@ function commandFailure(output: SshOutput, node: ClusterNode, { host }: Endpoint
   if (isOurs && lost) return ["lost", lost];
   if (!isOurs || stdout !== "" || !NOT_STARTED.test(line)) return ["exit", `exit code ${exitCode}`];
   if (/REMOTE HOST IDENTIFICATION HAS CHANGED/.test(stderr)) return ["connect", "the host key has changed"];
-  if (line.startsWith("Host key")) return ["connect", UNKNOWN_KEY];
+  if (line.startsWith("Host key")) return ["connect", NEW_KEY];
   const raced = racedSshEndpoints(node, options);
   const isRaced = raced.every(({ host, port }) => isNetGranted(host, port));
   return ["connect", isRaced ? line : `${line}; ${netFlag(raced)} lets its other address be tried`];
