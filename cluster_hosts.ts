@@ -37,7 +37,7 @@ export const DEFAULTS = {
 
 /** The next endpoint of a node is tried if the one before has not answered by then, as in RFC 8305. */
 const FALLBACK_DELAY_MS = 250;
-/** How many nodes a sweep starts with, and how many more it may have under way after each tick. */
+/** How many nodes a sweep starts with, and how many more may be under way after each tick. */
 const INITIAL_CONCURRENCY = 64;
 const MAX_GROWTH = 1000;
 const TICK_MS = 10;
@@ -1580,6 +1580,7 @@ class ProbePool {
   #limit: number;
   readonly #lookedUp = new Set<number>();
   #endedLately = 0;
+  #timer: ReturnType<typeof setTimeout> | undefined;
 
   constructor(readonly nodes: readonly ClusterNode[], options: PoolOptions, onOutcome: OutcomeHandler) {
     this.onOutcome = onOutcome;
@@ -1595,15 +1596,13 @@ class ProbePool {
     // One listener and one timer for the whole call: one of each for a node would take longer than to connect.
     const abort = () => this.#done.reject(signal?.reason);
     signal?.addEventListener("abort", abort);
-    const timer = setInterval(() => this.#tick(), TICK_MS);
     // Has Deno open its sockets for signals: it would half a second later, and panic if a sweep has every descriptor.
-    // A system that has no such signal opens no such sockets.
     const ignore = () => {};
     if (Deno.build.os !== "windows") Deno.addSignalListener("SIGWINCH", ignore);
     if (Deno.build.os !== "windows") Deno.removeSignalListener("SIGWINCH", ignore);
-    this.#pump();
+    this.#tick();
     await this.#done.promise.finally(() => {
-      clearInterval(timer);
+      clearTimeout(this.#timer);
       signal?.removeEventListener("abort", abort);
       this.finish();
       for (const controller of this.#running.keys()) controller.abort();
@@ -1626,13 +1625,14 @@ class ProbePool {
     for (const [index, dueMs] of this.dueMs) {
       if (dueMs <= nowMs && this.dueMs.delete(index)) this.#queue.push(index);
     }
-    // If as many have ended as may be under way, more of them at once would only be slower.
-    const isSlow = this.#endedLately < this.#limit && this.#queue.length > 0;
+    // If as many have ended as a sweep starts with, more of them at once would only be slower.
+    const isSlow = this.#endedLately < INITIAL_CONCURRENCY && this.#running.size >= this.#limit;
     if (isSlow) this.#limit = Math.min(this.#settings.concurrency, this.#limit + Math.min(this.#limit, MAX_GROWTH));
     this.#endedLately = 0;
     // What the end cuts off is reported yet.
     if (nowMs >= this.#settings.endMs) this.isOver = true;
     this.#pump();
+    this.#timer = setTimeout(() => this.#tick(), TICK_MS);
   }
 
   #pump(): void {
