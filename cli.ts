@@ -797,11 +797,12 @@ function nodeRow(node: ClusterNode): Cell[] {
 
 /** The fields, null if they are unset, and behind them the user's own keys as written. */
 function nodeJson(node: ClusterNode): Record<string, unknown> {
-  const { bestIp, addresses, dataServerBaseUrl, isActive, entry } = node;
-  const json: Record<string, unknown> = { ...node, entry: null, bestIp, addresses, dataServerBaseUrl, isActive };
+  const { addresses, dataServerBaseUrl, isActive } = node;
+  const { entry, ...fields } = node;
+  const json: Record<string, unknown> = { ...fields, bestIp: addresses[0], addresses, dataServerBaseUrl, isActive };
   for (const key in json) json[key] ??= null;
   const own = Object.entries(entry).filter(([key]) => !FIELD_KEYS.has(key) && !Object.hasOwn(json, key));
-  return { ...json, ...Object.fromEntries(own), entry: undefined };
+  return { ...json, ...Object.fromEntries(own) };
 }
 
 const FIELDS = Object.keys(new ClusterNode({ name: "any" }));
@@ -1256,16 +1257,17 @@ function table(io: Io, titles: readonly string[], drop: readonly string[], rows:
   const lines = [titles.map((title): Cell => [title, 1]), ...rows].map((row) =>
     row.map((cell) => {
       const [text, colour] = typeof cell === "string" ? [cell, 0] : cell;
-      return { text: escapeText(text).replaceAll("\t", " "), colour };
+      const shown = escapeText(text).replaceAll("\t", " ");
+      return { text: shown, width: textWidth(shown), colour };
     })
   );
-  const natural = titles.map((_, at) => lines.reduce((most, row) => Math.max(most, textWidth(row[at]!.text)), 0));
+  const natural = titles.map((_, at) => lines.reduce((most, row) => Math.max(most, row[at]!.width), 0));
   const widths = io.isTerminal ? fitWidths(titles, drop, natural, io.size().columns) : natural;
   return lines.map((row) => {
-    const cells = row.flatMap(({ text, colour }, index) => {
+    const cells = row.flatMap(({ text, width, colour }, index) => {
       if (widths[index] === 0) return [];
-      const shown = clip(text, widths[index]!);
-      const padding = " ".repeat(widths[index]! - textWidth(shown));
+      const shown = width > widths[index]! ? clip(text, widths[index]!) : text;
+      const padding = " ".repeat(widths[index]! - (shown === text ? width : textWidth(shown)));
       const painted = paint(io, colour, shown);
       return RIGHT_ALIGNED.includes(titles[index]!) ? padding + painted : painted + padding;
     });

@@ -386,8 +386,8 @@ export class ClusterNode {
 
   /** Every distinct address, best first. */
   get addresses(): string[] {
-    const sshHost = this.sshHost && splitUser(this.sshHost).host;
-    return [...new Set([this.tailscaleIp, sshHost])].filter((address) => address !== undefined);
+    const all = [this.tailscaleIp, this.sshHost && splitUser(this.sshHost).host];
+    return all.filter((address, at): address is string => address !== undefined && all.indexOf(address) === at);
   }
 
   /** `dataServerUrl`, else `http://ADDRESS:PORT`, without a slash at the end; `undefined` if there is neither. */
@@ -689,9 +689,9 @@ function parseHosts(hosts: unknown, defaults: NodeDefaults, problems: ConfigProb
     const path = `hosts.${CONTROL_TEXT.test(name) ? JSON.stringify(name) : name}`;
     try {
       if (!isMapping(entry)) return invalid(`expected a mapping, got ${typeName(entry)}`);
-      const fields: Record<string, unknown> = { entry };
+      const fields: Record<string, unknown> = { name, entry };
       for (const row of HOST_ROWS) fields[row.name] = isUnset(entry[row.key]) ? defaults[row.name] : entry[row.key];
-      nodes.set(name, new ClusterNode({ ...fields, name }));
+      nodes.set(name, new ClusterNode(fields as unknown as ClusterNodeFields));
     } catch (error) {
       const { cause = [{ key: "", message: invalidText(error) }] } = error as { cause?: FieldProblem[] };
       for (const { key, message } of cause) problems.push({ path: key ? `${path}.${key}` : path, message });
