@@ -1,7 +1,6 @@
 /**
- * Everything that a script needs to know about the hosts of a cluster, and whether they answer: one YAML inventory is
- * read and validated, its nodes are selected, checked in parallel over TCP or HTTP, and turned into URLs and into
- * commands over ssh.
+ * What a script needs to know about the hosts of a cluster: one YAML inventory is read and validated, its nodes are
+ * selected, checked in parallel over TCP or HTTP, and turned into URLs and into commands over ssh.
  *
  * Importing this module needs no permission. Each one is used at the moment that it is needed and never prompted for: a
  * missing one throws `Deno.errors.NotCapable` with the exact flag, and a variable that may not be read counts as unset.
@@ -176,7 +175,7 @@ const ELO_SYNC_FIELDS = {
   syncPort: { key: "sync_port", parse: parsePort, fallback: ELO_SYNC_PORT },
   syncInterval: {
     key: "sync_interval",
-    parse: (value) => parseAmount(value) || invalid("expected more than 0"),
+    parse: (it) => parseAmount(it) || invalid("expected more than 0"),
     fallback: 300,
   },
   divergenceThreshold: { key: "divergence_threshold", parse: parseAmount, fallback: 50 },
@@ -653,14 +652,14 @@ function syntaxFault(error: SyntaxError): InvalidValue {
 function parseDocument(document: unknown, problems: ConfigProblem[]) {
   if (!isMapping(document)) return invalid(`expected a mapping with a "hosts" section, got ${typeName(document)}`);
   const { hosts, elo_sync, distributed } = document;
-  const got = typeName(elo_sync);
-  if (!isMapping(elo_sync ?? {})) problems.push({ path: "elo_sync", message: `expected a mapping, got ${got}` });
+  if (!isMapping(elo_sync ?? {})) problems.push({ path: "elo_sync", message: "expected a mapping" });
   const eloSync = parseSection<EloSyncConfig>("elo_sync", elo_sync, ELO_SYNC_FIELDS, problems);
   // That section is another program's too: only a mapping can hold what is used here.
   const defaults = parseSection<NodeDefaults>("distributed", distributed, DISTRIBUTED_FIELDS, problems);
   const nodes = parseHosts(hosts ?? {}, defaults, problems);
   const config = (isMapping(hosts) ? document : { ...document, hosts: {} }) as HostsConfig;
-  const needsUnifiedPort = defaults.dataServerPort === undefined && nodes.values().some(hasNoPort);
+  const isSet = defaults.dataServerPort !== undefined;
+  const needsUnifiedPort = !isSet && nodes.values().some(({ entry }) => isUnset(entry.data_server_port));
   return { config, nodes, eloSync, needsUnifiedPort };
 }
 
@@ -683,9 +682,8 @@ const HOST_ROWS = Object.entries(HOST_FIELDS).map(([name, { key }]) => ({ name, 
 
 function parseHosts(hosts: unknown, defaults: NodeDefaults, problems: ConfigProblem[]): Map<string, ClusterNode> {
   const nodes = new Map<string, ClusterNode>();
-  const [mapping, got] = isMapping(hosts) ? [hosts, ""] : [{}, typeName(hosts)];
-  if (got) problems.push({ path: "hosts", message: `expected a mapping from names to hosts, got ${got}` });
-  for (const [name, entry] of Object.entries(mapping)) {
+  if (!isMapping(hosts)) problems.push({ path: "hosts", message: "expected a mapping from names to hosts" });
+  for (const [name, entry] of Object.entries(isMapping(hosts) ? hosts : {})) {
     const path = `hosts.${CONTROL_TEXT.test(name) ? JSON.stringify(name) : name}`;
     try {
       if (!isMapping(entry)) return invalid(`expected a mapping, got ${typeName(entry)}`);
@@ -735,20 +733,27 @@ function* findWarnings({ config, nodes, eloSync }: ParsedConfig): Generator<Conf
   yield* findTypos("distributed.", config.distributed, keysOf(DISTRIBUTED_FIELDS));
   if (nodes.size === 0) yield { path: "", message: 'no hosts: add them under "hosts"' };
   yield* findTwins(nodes.values());
+  const known = [...ACTIVE_STATUSES, ...INACTIVE_STATUSES];
   for (const node of nodes.values()) {
     const path = `hosts.${node.name}`;
     yield* findTypos(`${path}.`, node.entry, keysOf(HOST_FIELDS));
     yield* findPlaceholders(path, node.entry);
-    yield* findUnknownStatus(path, node.status.toLowerCase());
+    const status = node.status.toLowerCase();
+    if (!known.includes(status)) {
+      const meant = known.find((word) => isTypo(status, word));
+      const hint = meant
+        ? `did you mean "${meant}"?`
+        : `it counts as active; inactive are ${INACTIVE_STATUSES.join(", ")}`;
+      yield { path: `${path}.status`, message: `unknown status; ${hint}` };
+    }
     if (node.dataServerBaseUrl === undefined) yield { path, message: "has no address: set tailscale_ip or ssh_host" };
   }
   if (Object.keys(config.elo_sync ?? {}).length === 0) return;
   const coordinator = nodes.get(eloSync.coordinator);
-  const path = "elo_sync.coordinator";
   const isDefault = isUnset(config.elo_sync?.coordinator);
   const what = isDefault ? `is not set, and the default, ${JSON.stringify(eloSync.coordinator)},` : "names a node that";
-  if (!coordinator) yield { path, message: `${what} is not in hosts` };
-  else if (!coordinator.isActive) yield { path, message: "names a node that is not active" };
+  if (!coordinator) yield { path: "elo_sync.coordinator", message: `${what} is not in hosts` };
+  else if (!coordinator.isActive) yield { path: "elo_sync.coordinator", message: "names a node that is not active" };
 }
 
 function keysOf(table: FieldTable): string[] {
@@ -774,14 +779,6 @@ function* findPlaceholders(path: string, entry: HostEntry): Generator<ConfigProb
   }
 }
 
-function* findUnknownStatus(path: string, status: string): Generator<ConfigProblem> {
-  const known = [...ACTIVE_STATUSES, ...INACTIVE_STATUSES];
-  if (known.includes(status)) return;
-  const meant = known.find((word) => isTypo(status, word));
-  const hint = meant ? `did you mean "${meant}"?` : `it counts as active; inactive are ${INACTIVE_STATUSES.join(", ")}`;
-  yield { path: `${path}.status`, message: `unknown status; ${hint}` };
-}
-
 /** Active nodes that share every endpoint. One machine behind several ports of a proxy is several nodes, and meant. */
 function* findTwins(nodes: Iterable<ClusterNode>): Generator<ConfigProblem> {
   const firsts = new Map<string, string>();
@@ -801,12 +798,9 @@ export async function getClusterNodes(source?: ConfigSource): Promise<Map<string
   const { nodes, needsUnifiedPort } = await loadParsed(source);
   const dataServerPort = needsUnifiedPort ? await unifiedPort() : undefined;
   if (dataServerPort === undefined) return new Map(nodes);
-  const withPort = (node: ClusterNode) => hasNoPort(node) ? new ClusterNode({ ...node, dataServerPort }) : node;
+  const withPort = (node: ClusterNode) =>
+    isUnset(node.entry.data_server_port) ? new ClusterNode({ ...node, dataServerPort }) : node;
   return new Map(Array.from(nodes, ([name, node]) => [name, withPort(node)]));
-}
-
-function hasNoPort({ entry }: ClusterNode): boolean {
-  return isUnset(entry.data_server_port);
 }
 
 async function unifiedPort(): Promise<number | undefined> {
@@ -879,7 +873,6 @@ export interface NodeSelection {
 /**
  * The nodes that a selection keeps, in their own order; without one, the active ones. In a range, zero padding is
  * significant: `[08-12]` is 08, 09, 10. A bracket beside a wildcard is a whole number: `*[1-3]` does not take `gpu-11`.
- *
  * @example A range, a role
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
@@ -887,7 +880,6 @@ export interface NodeSelection {
  * const selected = selectNodes(nodes, { names: ["gpu-[2-3]"], roles: ["worker"] });
  * assertEquals(selected.map((node) => node.name), ["gpu-2", "gpu-3"]);
  * ```
- *
  * @throws {RangeError} if a pattern matches no node, or cannot be read
  */
 export function selectNodes(nodes: Iterable<ClusterNode>, selection: NodeSelection = {}): ClusterNode[] {
@@ -1184,23 +1176,23 @@ export interface ProbeOptions {
 
 type ProbeSettings = ReturnType<typeof probeSettings>;
 
-/** Internally, a check may also be that an ssh server greets, and a call may have an end: see `performance.now()`. */
-type PoolOptions = Omit<SweepOptions, "check"> & { check?: "http" | "tcp" | "ssh" | undefined; endMs?: number };
+/** What only this module asks of a pool: ssh servers to greet, an end at a `performance.now()`, to go on for ever. */
+type PoolMode = { readonly isSsh?: boolean; readonly endMs?: number; readonly isEndless?: boolean };
 
-function probeSettings({ port, path, check, signal, endMs = Infinity, ...options }: PoolOptions) {
+function probeSettings({ port, path, check, signal, ...options }: SweepOptions, mode: PoolMode) {
   const { timeoutMs = DEFAULTS.timeoutMs, concurrency = DEFAULTS.concurrency } = options;
   const fault = unsupportedDeno();
   if (fault) throw new Error(fault);
   if (port !== undefined) requireValid("port", port, parsePort);
   if (path !== undefined) requireValid("path", path, parsePath);
-  if (![undefined, "http", "tcp", "ssh"].includes(check)) {
+  if (![undefined, "http", "tcp"].includes(check)) {
     throw new TypeError(`Cannot use check "${check}": expected "http" or "tcp"`);
   }
   requireDuration("timeoutMs", timeoutMs);
   requireCount("concurrency", concurrency, 1);
   // If every host may be connected to, thousands need no query of their own.
   const isNetOpen = Deno.permissions.querySync({ name: "net" }).state === "granted";
-  return { port, path, check, timeoutMs, endMs, concurrency, signal, isNetOpen };
+  return { port, path, check, timeoutMs, concurrency, signal, isNetOpen, endMs: Infinity, ...mode };
 }
 
 function requireValid<T>(name: string, value: T, parseValue: (value: unknown) => T): void {
@@ -1208,7 +1200,7 @@ function requireValid<T>(name: string, value: T, parseValue: (value: unknown) =>
     const parsed = parseValue(value);
     if (parsed !== value) invalid(`expected a ${typeof parsed} without blanks or brackets`);
   } catch (error) {
-    const message = `Cannot use ${name} ${JSON.stringify(value)}: ${invalidText(error)}`;
+    const message = `Cannot use ${name} ${JSON.stringify(value)}: ${invalidText(error).replace(/, got .*/, "")}`;
     throw typeof value === "number" ? new RangeError(message) : new TypeError(message);
   }
 }
@@ -1228,11 +1220,10 @@ const STATE_RANK: Readonly<Record<NodeState, number>> = { up: 3, unhealthy: 2, u
 
 /** Checks one node, until `controller` is aborted: at its deadline, with a `TimeoutError`. */
 async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: AbortController): Promise<NodeProbe> {
-  const unchecked = uncheckedProbe(node, settings);
-  const { endpoints } = unchecked;
+  const unchecked = uncheckedProbe(node, settings.port, settings.isSsh);
   const check = (endpoint: Endpoint) => probeEndpoint(unchecked, endpoint, settings, controller);
-  if (endpoints.length === 1) return await check(endpoints[0]!);
-  const outcomes = await raceEndpoints(endpoints, check, controller.signal);
+  if (unchecked.endpoints.length === 1) return await check(unchecked.endpoints[0]!);
+  const outcomes = await raceEndpoints(unchecked.endpoints, check, controller.signal);
   const [best = unchecked] = outcomes.toSorted((a, b) => STATE_RANK[b.state] - STATE_RANK[a.state]);
   const isOneReason = outcomes.every(({ failure }) => failure?.message === best.failure?.message);
   if (best.connectMs !== undefined || isOneReason) return best;
@@ -1241,8 +1232,8 @@ async function probeOne(node: ClusterNode, settings: ProbeSettings, controller: 
 }
 
 /** What there is to say of a node that was not checked, for want of an address. */
-function uncheckedProbe(node: ClusterNode, { check, port: wanted }: Pick<PoolOptions, "check" | "port">): NodeProbe {
-  const endpoints = check === "ssh" ? sshEndpoints(node) : dataEndpoints(node, wanted);
+function uncheckedProbe(node: ClusterNode, wanted: number | undefined, isSsh = false): NodeProbe {
+  const endpoints = isSsh ? sshEndpoints(node) : dataEndpoints(node, wanted);
   const port = endpoints[0]?.port ?? wanted ?? node.dataServerPort;
   const failure = { code: "no-address", message: "set tailscale_ip or ssh_host" } as const;
   const nothing = { address: undefined, connectMs: undefined, responseMs: undefined, status: undefined };
@@ -1390,8 +1381,11 @@ async function requestStatus(tcp: Deno.TcpConn, endpoint: Endpoint, path: string
         "Accept-Encoding: identity\r\nUser-Agent: cluster-hosts\r\nConnection: close\r\n\r\n",
     );
     const reader = new ResponseReader(conn);
-    // An ssh server greets first, perhaps after other lines.
-    while (protocol === "ssh") if ((await reader.until(/\r?\n/, MAX_HEAD_BYTES)).startsWith("SSH-")) return undefined;
+    for (let lines = 0; protocol === "ssh"; lines++) {
+      // An ssh server greets first, perhaps after other lines.
+      if (lines === 100) throw badResponse("the answer is not that of an ssh server");
+      if ((await reader.line(MAX_HEAD_BYTES)).startsWith("SSH-")) return undefined;
+    }
     for (let sent = 0; sent < request.length;) sent += await conn.write(request.subarray(sent));
     return await readAnswer(reader, path === "/status");
   } finally {
@@ -1468,15 +1462,13 @@ export class ResponseReader {
     if (!await this.fill()) throw badResponse("the answer ended before it was complete");
   }
 
-  /** Takes the text before an end, and that end; a text of more than `maxBytes` is too long. */
-  async until(end: RegExp, maxBytes: number, tooLong = () => tooLarge("the head of the answer", MAX_HEAD_BYTES)) {
-    for (;; await this.#fillOrFail()) {
-      const text = LATIN1.decode(this.pending.subarray(0, maxBytes + 4));
-      const found = end.exec(text);
-      if (text.length > maxBytes && (!found || found.index > maxBytes)) throw tooLong();
-      if (!found) continue;
-      this.#cut(found.index + found[0].length);
-      return text.slice(0, found.index);
+  /** Takes a line of at most `maxBytes`, without its end. */
+  async line(maxBytes: number, tooLong = () => tooLarge("the head of the answer", MAX_HEAD_BYTES)): Promise<string> {
+    for (let searched = 0;; await this.#fillOrFail()) {
+      const at = this.pending.indexOf(10, searched);
+      searched = this.pending.length;
+      if (at > maxBytes || (at < 0 && searched > maxBytes)) throw tooLong();
+      if (at >= 0) return LATIN1.decode(this.#cut(at + 1)).trimEnd();
     }
   }
 
@@ -1494,19 +1486,20 @@ export async function readHead(reader: ResponseReader): Promise<{ status: number
       if (!"HTTP/".startsWith(start)) throw badResponse("the answer is not HTTP");
       if (!await reader.fill()) throw badResponse("the connection was closed without an answer");
     }
-    const head = await reader.until(/\r?\n\r?\n/, budget);
-    budget -= head.length;
-    const status = Number(/^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(head)?.[1]);
+    const start = await reader.line(budget);
+    budget -= start.length;
+    const status = Number(/^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(start)?.[1]);
     if (!status) throw badResponse("the answer is not HTTP/1");
-    if (status < 200) continue;
     const headers = new Map<string, string>();
-    for (const [, field = "", text = ""] of head.matchAll(/\n([^:\n]+):([^\n]*)/g)) {
-      const [name, value] = [field.toLowerCase(), text.trim()];
+    for (let line; (line = await reader.line(budget)) !== ""; budget -= line.length + 2) {
+      const colon = line.indexOf(":");
+      if (colon <= 0) continue;
+      const [name, value] = [line.slice(0, colon).toLowerCase(), line.slice(colon + 1).trim()];
       const isOther = name === "content-length" && (headers.get(name) ?? value) !== value;
       if (isOther) throw badResponse("two Content-Length that differ");
       headers.set(name, value);
     }
-    return { status, headers };
+    if (status >= 200) return { status, headers };
   }
 }
 
@@ -1527,14 +1520,14 @@ export async function readChunks(reader: ResponseReader): Promise<Bytes> {
   const chunks: Bytes[] = [];
   const noSize = () => badResponse("a chunk without a size, or longer than it");
   for (let total = 0;;) {
-    const [, digits = ""] = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.until(/\r?\n/, 1024, noSize)) ?? [];
+    const [, digits = ""] = /^([0-9a-f]{1,8})\s*(?:;.*)?$/i.exec(await reader.line(1024, noSize)) ?? [];
     const size = parseInt(digits, 16);
     if (Number.isNaN(size)) throw noSize();
     total += size;
     if (total > MAX_BODY_BYTES) throw tooLarge("the answer", MAX_BODY_BYTES);
     if (size === 0) return new Uint8Array(await new Blob(chunks).arrayBuffer());
     chunks.push(await reader.take(size));
-    if (await reader.until(/\r?\n/, 1, noSize) !== "") throw noSize();
+    if (await reader.line(2, noSize) !== "") throw noSize();
   }
 }
 
@@ -1561,18 +1554,18 @@ export interface SweepOptions extends ProbeOptions {
   readonly onProbe?: ((probe: NodeProbe) => void) | undefined;
 }
 
-type OutcomeHandler = (probe: NodeProbe, index: number) => void;
+type OnOutcome = (probe: NodeProbe, index: number) => void;
 
 /** Probes nodes: a few at a time while answers are fast, else as many as descriptors allow. */
 class ProbePool {
   isOver = false;
-  /** When nodes are probed again, by index; see `performance.now()`. */
-  readonly dueMs = new Map<number, number>();
-  onOutcome: OutcomeHandler;
+  onOutcome: OnOutcome;
   readonly #settings: ProbeSettings;
   readonly #done = Promise.withResolvers<void>();
-  /** What is under way, the oldest first, and when its time is over. */
+  /** What is under way, the oldest first, and when it began. */
   readonly #running = new Map<AbortController, number>();
+  /** When nodes are probed again, by index. */
+  readonly #dueMs = new Map<number, number>();
   /** The indexes of the nodes; those from `#next` on have yet to be probed. */
   readonly #queue: number[];
   #next = 0;
@@ -1582,9 +1575,9 @@ class ProbePool {
   #endedLately = 0;
   #timer: ReturnType<typeof setTimeout> | undefined;
 
-  constructor(readonly nodes: readonly ClusterNode[], options: PoolOptions, onOutcome: OutcomeHandler) {
+  constructor(readonly nodes: readonly ClusterNode[], options: SweepOptions, mode: PoolMode, onOutcome: OnOutcome) {
     this.onOutcome = onOutcome;
-    this.#settings = probeSettings(options);
+    this.#settings = probeSettings(options, mode);
     this.#limit = Math.min(INITIAL_CONCURRENCY, this.#settings.concurrency);
     this.#queue = [...nodes.keys()];
   }
@@ -1597,9 +1590,8 @@ class ProbePool {
     const abort = () => this.#done.reject(signal?.reason);
     signal?.addEventListener("abort", abort);
     // Has Deno open its sockets for signals: it would half a second later, and panic if a sweep has every descriptor.
-    const ignore = () => {};
-    if (Deno.build.os !== "windows") Deno.addSignalListener("SIGWINCH", ignore);
-    if (Deno.build.os !== "windows") Deno.removeSignalListener("SIGWINCH", ignore);
+    const changes = Deno.build.os === "windows" ? [] : [Deno.addSignalListener, Deno.removeSignalListener];
+    for (const change of changes) change("SIGWINCH", abort);
     this.#tick();
     await this.#done.promise.finally(() => {
       clearTimeout(this.#timer);
@@ -1607,6 +1599,12 @@ class ProbePool {
       this.finish();
       for (const controller of this.#running.keys()) controller.abort();
     });
+  }
+
+  /** Probes a node again, at a time of `performance.now()`. */
+  add(index: number, dueMs: number): void {
+    this.#dueMs.set(index, dueMs);
+    this.#timer ??= setTimeout(() => this.#tick(), TICK_MS);
   }
 
   /** Ends {@linkcode run}: nothing more is started or reported. */
@@ -1617,22 +1615,28 @@ class ProbePool {
   }
 
   #tick(): void {
+    const { timeoutMs, concurrency, endMs } = this.#settings;
     const nowMs = performance.now();
-    for (const [controller, endMs] of this.#running) {
-      if (endMs > nowMs) break;
-      controller.abort(new DOMException(formatMs(this.#settings.timeoutMs), "TimeoutError"));
+    for (const [controller, startMs] of this.#running) {
+      const mostMs = Math.min(timeoutMs, endMs - startMs);
+      if (nowMs - startMs < mostMs) break;
+      controller.abort(new DOMException(formatMs(mostMs), "TimeoutError"));
     }
-    for (const [index, dueMs] of this.dueMs) {
-      if (dueMs <= nowMs && this.dueMs.delete(index)) this.#queue.push(index);
+    let nextMs = endMs;
+    for (const [index, dueMs] of this.#dueMs) {
+      if (dueMs > nowMs) nextMs = Math.min(nextMs, dueMs);
+      else if (this.#dueMs.delete(index)) this.#queue.push(index);
     }
     // If as many have ended as a sweep starts with, more of them at once would only be slower.
     const isSlow = this.#endedLately < INITIAL_CONCURRENCY && this.#running.size >= this.#limit;
-    if (isSlow) this.#limit = Math.min(this.#settings.concurrency, this.#limit + Math.min(this.#limit, MAX_GROWTH));
+    if (isSlow) this.#limit = Math.min(concurrency, this.#limit + Math.min(this.#limit, MAX_GROWTH));
     this.#endedLately = 0;
     // What the end cuts off is reported yet.
-    if (nowMs >= this.#settings.endMs) this.isOver = true;
+    if (nowMs >= endMs) this.isOver = true;
     this.#pump();
-    this.#timer = setTimeout(() => this.#tick(), TICK_MS);
+    // Between its rounds, a watch is idle.
+    const delayMs = this.#running.size > 0 ? TICK_MS : nextMs - nowMs;
+    this.#timer = delayMs < Infinity ? setTimeout(() => this.#tick(), delayMs) : undefined;
   }
 
   #pump(): void {
@@ -1641,13 +1645,13 @@ class ProbePool {
     }
     // What was started is forgotten, or a watch would fill the queue without end.
     if (this.#next === this.#queue.length) this.#next = this.#queue.length = 0;
-    const isDone = this.#queue.length === 0 && this.dueMs.size === 0;
+    const isDone = this.#queue.length === 0 && this.#dueMs.size === 0 && !this.#settings.isEndless;
     if (this.#running.size === 0 && (isDone || this.isOver)) this.finish();
   }
 
   async #probe(index: number): Promise<void> {
     const controller = new AbortController();
-    this.#running.set(controller, Math.min(performance.now() + this.#settings.timeoutMs, this.#settings.endMs));
+    this.#running.set(controller, performance.now());
     const probe = await probeOne(this.nodes[index]!, this.#settings, controller);
     this.#running.delete(controller);
     this.#endedLately++;
@@ -1673,7 +1677,6 @@ class ProbePool {
  * There are no retries: TCP repeats a lost packet itself, after 1 and 3 seconds, for which the default deadline leaves
  * time. If descriptors run out, fewer nodes are under way, and each still has the whole of its time. A request goes
  * straight to the node: no proxy, no redirect, no compression, 1 MiB of body at most.
- *
  * @example Sweep
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
@@ -1685,13 +1688,9 @@ class ProbePool {
  * ```
  */
 export async function probeNodes(nodes: Iterable<ClusterNode>, options: SweepOptions = {}): Promise<NodeProbe[]> {
-  return await sweep(nodes, options);
-}
-
-async function sweep(nodes: Iterable<ClusterNode>, options: PoolOptions): Promise<NodeProbe[]> {
   const list = [...nodes];
   const probes = new Array<NodeProbe>(list.length);
-  await new ProbePool(list, options, (probe, index) => {
+  await new ProbePool(list, options, {}, (probe, index) => {
     probes[index] = probe;
     options.onProbe?.(probe);
   }).run();
@@ -1715,6 +1714,7 @@ export async function checkHttpEndpoint(
   options: ProbeOptions = {},
 ): Promise<StatusDocument | undefined> {
   requireValid("hostname", hostname, parseHost);
+  requireValid("port", port, parsePort);
   const [probe] = await upProbes([new ClusterNode({ name: hostname, tailscaleIp: hostname })], { ...options, port });
   return probe?.status;
 }
@@ -1761,23 +1761,19 @@ export async function* watchNodes(nodes: Iterable<ClusterNode>, options: WatchOp
   let pool: ProbePool;
   const outcomes = new ReadableStream<{ probe: NodeProbe; index: number; dueMs: number }>({
     start(stream) {
-      pool = new ProbePool([...nodes], options, (probe, index) => {
+      pool = new ProbePool([...nodes], options, { isEndless: true }, (probe, index) => {
         stream.enqueue({ probe, index, dueMs: performance.now() + intervalMs });
         options.onProbe?.(probe);
       });
-      // What is never due keeps the pool waiting for what is taken.
-      pool.dueMs.set(-1, Infinity);
-      pool.run().catch((error) => stream.error(error));
+      // After a break, the stream is closed already.
+      pool.run().catch((error) => signal?.aborted ? stream.close() : stream.error(error)).catch(() => {});
     },
     cancel: () => pool.finish(),
   });
-  try {
-    for await (const { probe, index, dueMs } of outcomes) {
-      yield probe;
-      pool!.dueMs.set(index, dueMs);
-    }
-  } catch (error) {
-    if (!signal?.aborted) throw error;
+  for await (const { probe, index, dueMs } of outcomes) {
+    if (signal?.aborted) return;
+    yield probe;
+    pool!.add(index, dueMs);
   }
 }
 
@@ -1792,7 +1788,6 @@ export interface WaitOptions extends WatchOptions {
 /**
  * Waits until enough nodes are up, each asked again on its own schedule, and gives the last answer of each, in their
  * order: at the moment when the last one that was needed is up, else at the deadline.
- *
  * @throws {Deno.errors.NotCapable} at once, with the flag, if the nodes that may be checked cannot be enough
  */
 export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOptions = {}): Promise<NodeProbe[]> {
@@ -1802,27 +1797,26 @@ export async function waitForNodes(nodes: Iterable<ClusterNode>, options: WaitOp
   requireDuration("intervalMs", intervalMs);
   requireDuration("deadlineMs", deadlineMs);
   const endMs = performance.now() + deadlineMs;
-  const timeoutMs = Math.min(options.timeoutMs ?? DEFAULTS.timeoutMs, deadlineMs);
   const last: NodeProbe[] = [];
   const denied: NodeProbe[] = [];
   let up = 0;
-  const pool = new ProbePool(list, { ...options, timeoutMs, endMs }, (probe, index) => {
+  const pool = new ProbePool(list, options, { endMs }, (probe, index) => {
     // What the deadline cuts off takes nothing from an answer that there was.
     if (pool.isOver && last[index]) return;
     up += Number(probe.state === "up") - Number(last[index]?.state === "up");
     last[index] = probe;
     options.onProbe?.(probe);
     const isAllowed = probe.failure?.code !== "denied" || probe.endpoints.some((it) => isNetGranted(it.host, it.port));
-    // It is asked again shortly before the end, so that none is missed that comes up until then.
+    // The closer to the end, the sooner again, so that none is missed that comes up before it.
     const nowMs = performance.now();
-    if (isAllowed) pool.dueMs.set(index, Math.min(nowMs + intervalMs, Math.max(nowMs + 50, endMs - 100)));
+    if (isAllowed) pool.add(index, nowMs + Math.min(intervalMs, Math.max(100, endMs - nowMs) / 2));
     else if (denied.push(probe) > list.length - minUp) throwIfDenied(denied);
     if (up >= minUp) pool.finish();
   });
   if (minUp === 0) pool.finish();
   await pool.run();
   const failure = { code: "other", message: "the wait was over before it was checked" } as const;
-  return list.map((node, index) => last[index] ?? { ...uncheckedProbe(node, options), state: "unknown", failure });
+  return list.map((node, index) => last[index] ?? { ...uncheckedProbe(node, options.port), state: "unknown", failure });
 }
 
 // --- URLs ---
@@ -1846,7 +1840,6 @@ export interface SyncUrlOptions extends DataSyncUrlOptions {
 /**
  * `http://ADDRESS:PORT/PATH` of each active node that is up on that port, in the order of the inventory, without
  * duplicates, at the address that answered.
- *
  * @example The model servers
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
@@ -1922,7 +1915,6 @@ export interface SshOptions {
 /**
  * The argument list, `ssh` first, that runs a command on a node, without a password prompt and with a bounded connect.
  * The command is what ssh itself takes: its words are joined by spaces and read by the remote shell.
- *
  * @example Ask for the load
  * ```ts
  * import { assertEquals } from "jsr:@std/assert@^1.0.19";
@@ -1930,7 +1922,6 @@ export interface SshOptions {
  * const words = sshCommand(node, ["uptime"]);
  * assertEquals(words.join(" "), "ssh -o BatchMode=yes -o ConnectTimeout=10 -p 22 -- ubuntu@100.64.0.1 uptime");
  * ```
- *
  * @throws {TypeError} if the node has no address, or if ssh or a shell could take an option for something else
  */
 export function sshCommand(
@@ -1995,7 +1986,6 @@ export function racedSshEndpoints(node: ClusterNode, options: SshOptions = {}): 
 
 /**
  * The SSH endpoint of a node that greets first, out of several; the first one if none does, as behind a jump host.
- *
  * @throws {TypeError} if the node has no address
  */
 export async function findSshEndpoint(node: ClusterNode, options: RunOptions = {}): Promise<Endpoint> {
@@ -2004,8 +1994,11 @@ export async function findSshEndpoint(node: ClusterNode, options: RunOptions = {
   const first = endpoint ?? sshEndpoints(node)[0];
   if (!first) throw new TypeError(`${JSON.stringify(node.name)} has no address: set tailscale_ip or ssh_host`);
   if (racedSshEndpoints(node, options).length === 0) return first;
-  const [greeted] = await sweep([node], { check: "ssh", timeoutMs: GREETING_MS, signal });
-  return greeted?.state === "up" ? greeted.endpoint! : first;
+  let greeted: Endpoint | undefined;
+  await new ProbePool([node], { timeoutMs: GREETING_MS, signal }, { isSsh: true }, ({ state, endpoint }) => {
+    if (state === "up") greeted = endpoint;
+  }).run();
+  return greeted ?? first;
 }
 
 /** Options of {@linkcode runOnNodes}. */
@@ -2049,7 +2042,6 @@ export type CommandResult = {
 /**
  * Runs a command on many nodes over ssh, and gives one result for each, in their order. A node with several SSH
  * endpoints is reached at the one that greets first, so that a command never runs twice.
- *
  * @param command The words that ssh takes, or a function that gives each node its own.
  * @throws {TypeError} that lists what is unsafe, before the first ssh starts
  */
@@ -2058,9 +2050,9 @@ export async function runOnNodes(
   command: readonly string[] | ((node: ClusterNode) => readonly string[]),
   options: RunOptions = {},
 ): Promise<CommandResult[]> {
-  const { concurrency = DEFAULTS.commandConcurrency, signal } = options;
+  const { concurrency = DEFAULTS.commandConcurrency, timeoutMs = DEFAULTS.commandTimeoutMs, signal } = options;
   requireCount("concurrency", concurrency, 1);
-  requireDuration("timeoutMs", options.timeoutMs ?? DEFAULTS.commandTimeoutMs);
+  requireDuration("timeoutMs", timeoutMs);
   signal?.throwIfAborted();
   const runs = Array.from(nodes, (node) => ({ node, words: typeof command === "function" ? command(node) : command }));
   const isNone = ({ words }: { words: readonly string[] }) => !Array.isArray(words) || words.length === 0;
@@ -2069,6 +2061,7 @@ export async function runOnNodes(
   const faults = runs.map(({ node, words }) => node.bestIp && faultOf(() => sshCommand(node, words, options)));
   const problems = new Set(faults.filter((fault) => fault !== undefined));
   if (problems.size > 0) throw new TypeError([...problems].join("\n"));
+  requirePermission({ name: "run", command: "ssh" }, "--allow-run=ssh", "run access to ssh (on the PATH)");
   // A fault of this side ends them all: there is no ssh, or nobody is left to take the output.
   const fault = new AbortController();
   const ended = AbortSignal.any([fault.signal, ...(signal ? [signal] : [])]);
@@ -2105,6 +2098,7 @@ async function runOnNode(node: ClusterNode, words: readonly string[], options: R
   const ended = AbortSignal.any([signal, deadline.signal]);
   try {
     const endpoint = await findSshEndpoint(node, { ...options, signal: ended });
+    ended.throwIfAborted();
     const argv = sshCommand(node, words, { ...options, endpoint });
     const child = spawnSsh(argv, { stdin: options.stdin ? "piped" : "null", stdout: "piped", stderr: "piped" });
     output = await finishSsh(child, node, options, ended);
@@ -2174,27 +2168,32 @@ async function finishSsh(child: Deno.ChildProcess, node: ClusterNode, options: R
 }
 
 /** What ssh says last if it could not start a command. */
-const NOT_STARTED = /^(?:ssh: |Host key |Connection |kex_|Received |Unable to |No user exists)|Permission denied/;
+const NOT_STARTED =
+  /^(?:ssh: |Host key |Connection |kex_|Received dis|Unable to nego|No user exists)|Permission denied/;
 /** What it says if it lost the connection while a command ran, perhaps on a line that this began. */
 const LOST = /(?:Connection to \S+ (?:closed by|port \d+:)|Timeout, server |Read from remote host |client_loop: ).*/;
 const NAMES_HOST = /@|\b(?:port|host|hostname|server) |Connection to /;
 const NEW_KEY = "the host key is unknown: --ssh-option StrictHostKeyChecking=accept-new accepts it (scripts: options)";
 
-function commandFailure(output: SshOutput, node: ClusterNode, { host }: Endpoint, options: SshOptions): SshFailure {
+function commandFailure(output: SshOutput, node: ClusterNode, endpoint: Endpoint, options: SshOptions): SshFailure {
   const { exitCode, signal, stdout, stderr } = output;
   if (signal) return ["signal", `ended by ${signal}`];
   if (exitCode === 0) return [];
   const line = stderr.trimEnd().split(/\r?\n/).at(-1)!;
+  const [isElsewhere, isName] = [goesElsewhere(options), !isAddress(endpoint.host)];
+  const words = line.split(/[\s@]+/).map((word) => word.replace(/[:.,]+$/, ""));
+  const [, by = "", port = ""] = /(?: by (\S+))? port (\d+)/.exec(line) ?? [];
+  const isPort = isElsewhere || by === "UNKNOWN" || port === "" || Number(port) === endpoint.port;
+  const isAlias = (isName || isElsewhere) && line.startsWith("ssh: connect to host ");
+  const isNamed = words.includes(endpoint.host) || isAlias || by === "UNKNOWN" || (isName && isAddress(by));
   // 255 is ssh's own, but a command may return it too. What ssh says names this very endpoint, or has its line end.
-  const isAlias = /^ssh: connect to host | by \S+ port /.test(line) && (goesElsewhere(options) || !isAddress(host));
-  const isNamed = isAlias || line.includes(host);
-  const isOurs = exitCode === 255 && (isNamed || (!NAMES_HOST.test(line) && stderr.endsWith("\r\n")));
+  const isOurs = exitCode === 255 && isPort && (isNamed || (!NAMES_HOST.test(line) && stderr.endsWith("\r\n")));
   const [lost] = LOST.exec(line) ?? [];
   if (isOurs && lost) return ["lost", lost];
   if (!isOurs || stdout !== "" || !NOT_STARTED.test(line)) return ["exit", `exit code ${exitCode}`];
   if (/REMOTE HOST IDENTIFICATION HAS CHANGED/.test(stderr)) return ["connect", "the host key has changed"];
   if (line.startsWith("Host key")) return ["connect", NEW_KEY];
   const raced = racedSshEndpoints(node, options);
-  const isRaced = raced.every(({ host, port }) => isNetGranted(host, port));
+  const isRaced = raced.every(({ host, port }) => isNetGranted(host, port)) || !/^(?:ssh: |Connection )/.test(line);
   return ["connect", isRaced ? line : `${line}; ${netFlag(raced)} lets its other address be tried`];
 }
