@@ -11,7 +11,7 @@ import { ROOT, run } from "./process.ts";
  * while a variable is set, or is not set if the value is `undefined`; a call that fails gives its message.
  */
 export async function evaluate(statements: string, env: Readonly<Record<string, string>> = {}): Promise<unknown> {
-  const code = `import * as api from "${ROOT}mod.ts";
+  const program = `import * as api from "${ROOT}mod.ts";
     const withVariable = async (name, value, call) => {
       if (value === undefined) Deno.env.delete(name);
       else Deno.env.set(name, value);
@@ -20,7 +20,7 @@ export async function evaluate(statements: string, env: Readonly<Record<string, 
       return outcome;
     };
     ${statements}`;
-  const { stdout, stderr } = await run("deno", ["eval", "-q", "--config", `${ROOT}deno.json`, code], { env });
-  if (stderr !== "") throw new Error(stderr);
+  const { code, stdout, stderr } = await run("deno", ["eval", "-q", "--config", `${ROOT}deno.json`, program], { env });
+  if (stderr !== "" || code !== 0) throw new Error(`${stderr}exit code ${code}`);
   return JSON.parse(stdout);
 }

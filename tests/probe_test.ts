@@ -433,6 +433,7 @@ Deno.test("checkHttpEndpoint() throws at a host that is a URL, blank, or no host
     await assertRejects(() => checkHttpEndpoint(host, 80), TypeError, undefined, JSON.stringify(host));
   }
   await assertRejects(() => checkHttpEndpoint("h", "80" as unknown as number), TypeError);
+  await assertRejects(() => checkHttpEndpoint("h", undefined as unknown as number), TypeError);
   await assertRejects(() => checkHttpEndpoint("h", 0), RangeError);
 });
 

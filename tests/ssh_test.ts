@@ -232,6 +232,17 @@ sshdTest("runOnNodes() takes exit code 255 of the command for its own, whatever 
   assertEquals(wrong.map((result) => `${told(result)} of ${JSON.stringify(result.stderr)}`), []);
 });
 
+sshdTest("runOnNodes() starts no ssh after onResult() has thrown", async (sshd) => {
+  const nodes = [node({ name: "homeless" }), node({ name: "homeless too" }), on(sshd)];
+  const onResult = (result: CommandResult) => {
+    if (result.node === nodes[0]) throw new Error("enough");
+  };
+  const started = performance.now();
+  const run = () => runOnNodes(nodes, ["exec sleep 5"], { options: sshd.options, concurrency: 2, onResult });
+  await assertRejects(run, Error, "enough");
+  assertLess(performance.now() - started, SLACK_MS);
+});
+
 for (const callback of ["onOutput", "onResult"] as const) {
   sshdTest(`runOnNodes() ends every ssh and throws what ${callback}() throws`, async (sshd) => {
     const reason = new Error("enough");
@@ -425,6 +436,63 @@ Deno.test("runOnNodes() needs no permission but --allow-run=ssh, and names it", 
   assertStringIncludes(denied.reason!, "--allow-run=ssh");
 });
 
+Deno.test("runOnNodes() without run permission contacts no node first, and has no result", async () => {
+  await using silent = await startNode("silent", { hostname: "127.0.0.2" });
+  const fields = { name: "two", tailscaleIp: silent.hostname, sshHost: "127.0.0.3", sshPort: silent.port };
+  const plan = { nodes: [{ name: "homeless" }, fields], command: ["x"], options: { timeoutMs: 1000 } };
+  const { reason, told } = await runElsewhere(plan, { flags: ["--allow-net"] });
+  assertStringIncludes(reason!, "--allow-run=ssh");
+  assertEquals([told, silent.connections], [[], 0]);
+});
+
+/** What an ssh says last that ends with 255, of a node at a host and PORT, and what that means. */
+const LAST_WORDS: readonly (readonly [host: string, says: string, code: string, options?: string])[] = [
+  [
+    "10.0.0.1",
+    "kex_exchange_identification: Connection closed by remote host\r\nConnection closed by UNKNOWN port 65535",
+    "connect",
+  ],
+  ["10.0.0.1", "Connection closed by 10.0.0.1 port PORT", "connect"],
+  ["10.0.0.1", "Connection closed by 10.0.0.1 port 1", "exit"],
+  ["10.0.0.1", "Unable to connect to 10.0.0.1:6379", "exit"],
+  ["10.0.0.1", "Unable to negotiate with 10.0.0.1 port PORT: no matching cipher found.", "connect"],
+  ["10.0.0.1", "Received data from 10.0.0.1", "exit"],
+  ["10.0.0.1", "Received disconnect from 10.0.0.1 port PORT:2: Too many authentication failures", "connect"],
+  ["10.0.0.1", "Connection to 10.0.0.1 closed by remote host.", "lost"],
+  ["10.0.0.1", "Connection to 10.0.0.12 closed by remote host.", "exit"],
+  ["10.0.0.1", "Connection to 10.0.0.1 port PORT: Broken pipe", "lost"],
+  ["10.0.0.1", "Connection to 10.0.0.1 port 1: Broken pipe", "exit"],
+  ["10.0.0.1", "Timeout, server 10.0.0.1 not responding.", "lost"],
+  ["10.0.0.1", "Read from remote host 10.0.0.1: Connection reset by peer", "lost"],
+  ["10.0.0.1", "client_loop: send disconnect: Broken pipe", "lost"],
+  ["10.0.0.1", "ssh: connect to host jump port 22: Connection refused", "exit"],
+  ["10.0.0.1", "ssh: connect to host jump port 22: Connection refused", "connect", "ProxyJump=jump"],
+  ["10.0.0.1", "Connection reset by db.example port 5432", "exit", "ProxyJump=jump"],
+  ["gpu.example", "Connection closed by 10.9.9.9 port PORT", "connect"],
+  ["gpu.example", "Connection closed by 10.9.9.9 port 1", "exit"],
+  ["gpu.example", "ssh: Could not resolve hostname gpu.example: Name or service not known", "connect"],
+  ["2001:db8::1", "Connection closed by 2001:db8::1 port PORT", "connect"],
+];
+
+Deno.test("runOnNodes() tells by what ssh says last whether a command was started, and whose the exit code 255 is", async () => {
+  // It says what is in the file that is called like its port, and after it.
+  await using fake = await fakeSsh('while [ "$1" != -p ]; do shift; done; cat "$0.$2" >&2; exit 255');
+  for (const isElsewhere of [false, true]) {
+    const cases = LAST_WORDS.filter(([, , , option]) => (option !== undefined) === isElsewhere);
+    const nodes = cases.map(([tailscaleIp], index) => ({ name: `n${index}`, tailscaleIp, sshPort: 1000 + index }));
+    for (const [index, [, says]] of cases.entries()) {
+      await Deno.writeTextFile(
+        `${fake.folder}/ssh.${1000 + index}`,
+        `${says.replace("PORT", String(1000 + index))}\r\n`,
+      );
+    }
+    const options = isElsewhere ? { options: ["ProxyJump=jump"] } : {};
+    const { results } = await runElsewhere({ nodes, command: ["x"], options }, fake);
+    const codes = results.map(({ failure }, index) => [cases[index]![1], failure?.code]);
+    assertEquals(codes, cases.map(([, says, code]) => [says, code]));
+  }
+});
+
 Deno.test("runOnNodes() throws if there is no ssh, and tells of an ssh that cannot be started: local", async () => {
   await using fake = await fakeSsh("echo hello");
   const [node] = numbered(1);
@@ -457,6 +525,10 @@ Deno.test("runOnNodes() without net permission takes the first endpoint, and nam
   assertEquals(result!.failure?.code, "connect");
   assertStringIncludes(result!.failure!.message, "127.0.0.9");
   assertStringIncludes(result!.failure!.message, "--allow-net=127.0.0.8:22,127.0.0.9:22");
+  // Another address would not mend this.
+  await using closed = await fakeSsh('printf "ubuntu@127.0.0.8: Permission denied (publickey).\\r\\n" >&2; exit 255');
+  const { results: [denied] } = await runElsewhere({ nodes, command: ["x"] }, closed);
+  assertEquals(denied!.failure, { code: "connect", message: "ubuntu@127.0.0.8: Permission denied (publickey)." });
 });
 
 Deno.test("findSshEndpoint() takes what greets, and does not ask where there is nothing to choose", async () => {
@@ -482,8 +554,13 @@ Deno.test("findSshEndpoint() takes the first if none greets within two seconds, 
   const trickle: Conversation = async (conn, signal) => {
     for (;; await delay(50, { signal })) await send(conn, "\n");
   };
+  const babble: Conversation = async (conn, signal) => {
+    await send(conn, `${"x\r\n".repeat(150)}SSH-2.0-late\r\n`);
+    await delay(5000, { signal });
+  };
   const kinds: [Behaviour | Conversation, Behaviour | Conversation, atMostMs: number][] = [
     ["silent", trickle, 2000 + SLACK_MS],
+    ["silent", babble, 2000 + SLACK_MS],
     ["closes", "refuses", SLACK_MS],
     ["http-500", "closes", 2000 + SLACK_MS],
   ];

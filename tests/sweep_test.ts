@@ -1,4 +1,4 @@
-import { assert, assertEquals, assertGreater, assertLess, assertRejects } from "jsr:@std/assert@^1.0.19";
+import { assert, assertEquals, assertGreater, assertLess, assertMatch, assertRejects } from "jsr:@std/assert@^1.0.19";
 import { delay } from "jsr:@std/async@^1.5.0/delay";
 import {
   ClusterNode,
@@ -14,6 +14,7 @@ import {
   waitForNodes,
   watchNodes,
 } from "../mod.ts";
+import { evaluate } from "./evaluate.ts";
 import { type Behaviour, type LoopbackNode, startNode, untilClosed } from "./loopback_cluster.ts";
 import { run } from "./process.ts";
 import { at, copies, outcomeOf, SLACK_MS, sweepElsewhere, tally, withDescriptors } from "./sweep_process.ts";
@@ -270,6 +271,7 @@ Deno.test("probeNodes(), waitForNodes() and watchNodes() throw at a fault of the
     { concurrency: 0 },
     { concurrency: 1.5 },
     { timeoutMs: 0 },
+    { timeoutMs: 2 ** 31 },
     { port: 0 },
   ];
   const waits: object[] = [{ minUp: -1 }, { minUp: 1.5 }, { intervalMs: -1 }, { deadlineMs: -1 }, { deadlineMs: NaN }];
@@ -373,13 +375,15 @@ Deno.test("waitForNodes() finds a node that comes up late at its next answer, no
   assertEquals([late, first, seen.at(-1)], ["up", "up", "late up"]);
 });
 
+async function answerSlowly(conn: Deno.TcpConn): Promise<void> {
+  await delay(250);
+  await conn.write(new TextEncoder().encode("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"));
+  await untilClosed(conn);
+}
+
 Deno.test("waitForNodes() counts a node that was up in its last answer, and uses the whole of its time", async () => {
   // Slow enough that the deadline falls into a later check.
-  await using slow = await startNode(async (conn) => {
-    await delay(250);
-    await conn.write(new TextEncoder().encode("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"));
-    await untilClosed(conn);
-  });
+  await using slow = await startNode(answerSlowly);
   await using dead = await startNode("refuses");
   await using up = await startNode("ok");
   const nodes = nodesAt({ slow, dead, up });
@@ -414,9 +418,11 @@ Deno.test("waitForNodes() tells at its deadline why each node is missing, one un
   assertEquals(probes.map(({ node }) => node), nodes);
   const codes = probes.map(({ state, failure }) => state === "up" ? "up" : failure?.code);
   assertEquals(codes, ["timeout", "timeout", "refused", "no-address"]);
+  // What the end cut off says how long it had.
+  assertMatch(probes[0]!.failure!.message, /within (?:2\d\d|300) ms/);
 });
 
-Deno.test("waitForNodes() checks once more before its time is over, however long the interval is", async () => {
+Deno.test("waitForNodes() checks again in time for an answer, however long the interval and slow the answer are", async () => {
   await using up = await startNode("ok");
   await using dead = await startNode("refuses");
   const seen = Promise.withResolvers<void>();
@@ -424,7 +430,7 @@ Deno.test("waitForNodes() checks once more before its time is over, however long
   const options = { deadlineMs: 1500, intervalMs: 60_000, onProbe };
   const waiting = waitForNodes(nodesAt({ up, late: dead }), options);
   await seen.promise;
-  await using _late = await startNode("ok", { port: dead.port });
+  await using _late = await startNode(answerSlowly, { port: dead.port });
   assertEquals(byName(await waiting), { up: "up", late: "up" });
 });
 
@@ -534,4 +540,36 @@ Deno.test("watchNodes() ends without an error when its signal aborts, whatever i
     controller.abort();
     await delay(1);
   }
+});
+
+Deno.test("watchNodes() gives nothing more once it was aborted, and throws what is thrown into it", async () => {
+  await using up = await startNode("ok");
+  const seen: NodeProbe[] = [];
+  const controller = new AbortController();
+  const watch = watchNodes(nodesAt({ a: up, b: up, c: up }), { signal: controller.signal });
+  for await (const probe of { [Symbol.asyncIterator]: () => ({ next: () => watch.next() }) }) {
+    seen.push(probe);
+    // The others are known by now.
+    await delay(100);
+    controller.abort();
+  }
+  assertEquals(seen.length, 1);
+  const reason = new Error("enough");
+  const ending = new AbortController();
+  const other = watchNodes(nodesAt({ up }), { signal: ending.signal });
+  await other.next();
+  ending.abort();
+  assert(await assertRejects(() => other.throw(reason)) === reason);
+});
+
+Deno.test("watchNodes() keeps no process alive that no longer reads", async () => {
+  await using up = await startNode("ok");
+  const node = JSON.stringify({ name: "a", ...at(up) });
+  assertEquals(
+    await evaluate(`
+    const watch = api.watchNodes([new api.ClusterNode(${node})], { intervalMs: 10 });
+    const { value } = await watch.next();
+    console.log(JSON.stringify(value.state));`),
+    "up",
+  );
 });
