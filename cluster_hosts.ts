@@ -1604,7 +1604,7 @@ class ProbePool {
   /** Probes a node again, at a time of `performance.now()`. */
   add(index: number, dueMs: number): void {
     this.#dueMs.set(index, dueMs);
-    this.#timer ??= setTimeout(() => this.#tick(), TICK_MS);
+    if (!this.isOver) this.#timer ??= setTimeout(() => this.#tick(), TICK_MS);
   }
 
   /** Ends {@linkcode run}: nothing more is started or reported. */

@@ -537,6 +537,8 @@ Deno.test("watchNodes() ends without an error when its signal aborts, whatever i
   // Nothing is asked again that the loop itself ended: a timer for it would be a leak.
   const controller = new AbortController();
   for await (const _ of watchNodes(nodesAt({ up }), { signal: controller.signal })) {
+    // By now nothing is under way, and nothing is due.
+    await delay(50);
     controller.abort();
     await delay(1);
   }
