@@ -1645,7 +1645,7 @@ class ProbePool {
     }
     // What was started is forgotten, or a watch would fill the queue without end.
     if (this.#next === this.#queue.length) this.#next = this.#queue.length = 0;
-    const isDone = this.#queue.length === 0 && this.#dueMs.size === 0 && !this.#settings.isEndless;
+    const isDone = this.#dueMs.size === 0 && !this.#settings.isEndless;
     if (this.#running.size === 0 && (isDone || this.isOver)) this.finish();
   }
 
@@ -1657,7 +1657,7 @@ class ProbePool {
     this.#endedLately++;
     // The system does not say that a lookup failed for want of a descriptor: it gets a second one.
     const isSecond = this.#lookedUp.has(index) || probe.failure?.code !== "dns";
-    const isShort = !isSecond || (probe.state !== "up" && probe.failure?.message.includes(NO_DESCRIPTORS));
+    const isShort = !isSecond || probe.failure?.message.includes(NO_DESCRIPTORS);
     if (isShort && this.#running.size > 0 && !this.isOver) {
       // Another node will give its descriptor back; then this one begins anew, with the whole of its time.
       if (isSecond) this.#limit = this.#settings.concurrency = this.#running.size;

@@ -75,6 +75,7 @@ const GOOD: Record<keyof Fields, [key: string, ...values: (readonly [yaml: strin
     ["https://gpu.example.com/data/", "https://gpu.example.com/data"],
     ["HTTP://GPU.example.com:80/data", "http://gpu.example.com/data"],
     ["https://gpu.example.com:443", "https://gpu.example.com"],
+    ["http://192.0.2.1/data//", "http://192.0.2.1/data"],
     ['"http://[2001:db8::1]:9000"', "http://[2001:db8::1]:9000"],
   ],
   statusPath: ["status_path", ["/health", "/health"], ["/a/b?full=1", "/a/b?full=1"], ["/", "/"]],
@@ -149,6 +150,7 @@ const BAD: Partial<Record<keyof Fields, string[]>> = {
       `"http://x/#${SECRET}"`,
       "http://x?",
     ],
+    ...["'", "`", "<", ">", "\\\\", '\\"'].map((mark) => `"http://x/${SECRET}${mark}"`),
   ],
   statusPath: [...TEXTS, SECRET, `http://x/${SECRET}`, `"/${SECRET} x"`, `"/ä${SECRET}"`, `"/#${SECRET}"`],
 };

@@ -108,6 +108,8 @@ Deno.test("loadHostsConfig() fetches a URL, and says what is wrong with one", as
         return new Response("<!doctype html><html><body>Log in: x</body></html>");
       case "/latin1":
         return new Response(Uint8Array.of(0x23, 0xe4));
+      case "/empty":
+        return new Response(null, { status: 204 });
       case "/moved":
         return new Response(null, { status: 302, headers: { location: "/hosts.yaml" } });
       case "/never":
@@ -124,6 +126,8 @@ Deno.test("loadHostsConfig() fetches a URL, and says what is wrong with one", as
   assertEquals(await readHostsConfig(url), { text: INVENTORY, origin: url, exists: true });
 
   assertEquals(await faultOf(`${base}/none`), "answered HTTP 404");
+  assertEquals(await faultOf(`${base}/empty`), "answered HTTP 204");
+  await assertRejects(() => loadHostsConfig(`${base}/never`, { timeoutMs: 0 }), RangeError);
   assertEquals(await faultOf(`${base}/moved`), "answered HTTP 302, a redirect: use the URL it leads to");
   assertEquals(await faultOf(`${base}/html`), "is HTML or XML, not YAML");
   assertEquals(await faultOf(`${base}/latin1`), "is not UTF-8: save it as UTF-8");
