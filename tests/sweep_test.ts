@@ -429,6 +429,9 @@ Deno.test("waitForNodes() tells at its deadline why each node is missing, one un
   assertEquals(probes.map(({ node }) => node), nodes);
   const codes = probes.map(({ state, failure }) => state === "up" ? "up" : failure?.code);
   assertEquals(codes, ["timeout", "timeout", "refused", "no-address"]);
+  const waiting = { deadlineMs: 200, timeoutMs: 20_000, concurrency: 1 };
+  const queued = await waitForNodes(nodesAt({ silent, dead }), waiting);
+  assertEquals(byName(queued), { silent: "unhealthy timeout", dead: "unknown other" });
   // What the end cut off says how long it had.
   assertMatch(probes[0]!.failure!.message, /within (?:2\d\d|300) ms/);
 });
@@ -445,8 +448,11 @@ Deno.test("waitForNodes() checks again in time for an answer, however long the i
   assertEquals(byName(await waiting), { up: "up", late: "up" });
 });
 
-Deno.test("waitForNodes() of no node is done", async () => {
+Deno.test("waitForNodes() of no node is done, and so is one for none, before anything is asked", async () => {
   assertEquals(await waitForNodes([]), []);
+  await using silent = await startNode("silent");
+  const probes = await waitForNodes(nodesAt({ silent }), { minUp: 0 });
+  assertEquals([byName(probes), silent.connections], [{ silent: "unknown other" }, 0]);
 });
 
 Deno.test({
@@ -497,8 +503,11 @@ Deno.test("watchNodes() asks a node again `intervalMs` after its last answer, an
   });
   const controller = new AbortController();
   const nodes = nodesAt({ a: { hostname: "127.0.0.1", port: server.addr.port } });
-  const watch = watchNodes(nodes, { intervalMs: 50, signal: controller.signal });
-  await watch.next();
+  const told: NodeProbe[] = [];
+  const onProbe = (probe: NodeProbe) => void told.push(probe);
+  const watch = watchNodes(nodes, { intervalMs: 50, signal: controller.signal, onProbe });
+  const { value: first } = await watch.next();
+  assertEquals(told, [first]);
   await delay(200);
   assertEquals(asked.length, 1, "it was asked again before the outcome was taken");
   const { value } = await watch.next();
@@ -508,6 +517,14 @@ Deno.test("watchNodes() asks a node again `intervalMs` after its last answer, an
   await watch.next();
   assertGreater(asked[2]! - asked[1]!, 48);
   await watch.return(undefined);
+  // What was taken late is asked again at once.
+  const late = watchNodes(nodes, { intervalMs: 700 });
+  await late.next();
+  await delay(750);
+  const taken = performance.now();
+  await late.next();
+  assertLess(performance.now() - taken, SLACK_MS);
+  await late.return(undefined);
 });
 
 Deno.test("watchNodes() tells of a node that comes up and goes down again", async () => {
