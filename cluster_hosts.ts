@@ -1267,7 +1267,8 @@ async function probeEndpoint(unchecked: NodeProbe, endpoint: Endpoint, settings:
   const { host, port } = endpoint;
   const path = statusPath(unchecked.node, settings);
   const started = performance.now();
-  const probe: { -readonly [K in keyof NodeProbe]: NodeProbe[K] } = { ...unchecked, endpoint, port };
+  type Writable<T> = { -readonly [K in keyof T]: T[K] };
+  const probe: Writable<NodeProbe> = unchecked.endpoints.length > 1 ? { ...unchecked, endpoint, port } : unchecked;
   try {
     if (!settings.isNetOpen) requireNet(host, port);
     // A name is connected to as such: Deno races its addresses, and the permission is the one for the name.
