@@ -1,12 +1,15 @@
 /**
- * The hosts of a training cluster, from one YAML inventory: which there are, which is the coordinator, which answer,
- * from which URLs data can be pulled, and what a command says on each of them.
+ * Reads the inventory of a training cluster and answers what scripts ask of it:
+ * which nodes there are, which of them answer, which one coordinates, from which
+ * URLs data can be pulled, and what a command says on each node.
  *
- * @example Who answers?
+ * @example Print the nodes that answer
  * ```ts
  * import { discoverReachableNodes } from "@ringrift/cluster-hosts";
  *
- * for (const { node, status, address } of await discoverReachableNodes({ source: "config/demo_hosts.yaml" })) {
+ * const source = "config/demo_hosts.yaml";
+ *
+ * for (const { node, address, status } of await discoverReachableNodes({ source })) {
  *   console.log(`${node.name} at ${address}: version ${status.version}`);
  * }
  * ```
@@ -18,16 +21,10 @@ export {
   checkNodeReachable,
   ClusterNode,
   DATA_SYNC_PORT,
-  dataEndpoints,
   DEFAULT_CONFIG_PATH,
-  DEFAULTS,
-  didYouMean,
   discoverReachableNodes,
   ELO_SYNC_PORT,
-  endpointUrl,
-  findSshEndpoint,
   foldNames,
-  formatConfigProblem,
   getActiveNodes,
   getClusterNodes,
   getCoordinatorAddress,
@@ -36,35 +33,26 @@ export {
   getEloSyncConfig,
   getEloSyncUrls,
   getSyncUrls,
-  hostPort,
   HostsConfigError,
   loadHostsConfig,
-  missingNetFlag,
   MODEL_SYNC_PORT,
-  netFlag,
   parseHostsConfig,
   probeNode,
   probeNodes,
-  racedSshEndpoints,
-  readHostsConfig,
-  readsUnifiedConfig,
-  readVariable,
   runOnNodes,
   selectNodes,
-  spawnSsh,
   sshCommand,
-  sshEndpoints,
-  statusPath,
-  unsupportedDeno,
   validateHostsConfig,
   waitForNodes,
   watchNodes,
 } from "./cluster_hosts.ts";
 export type {
   ClusterNodeFields,
+  CommandFailure,
   CommandFailureCode,
   CommandResult,
   ConfigProblem,
+  ConfigReport,
   ConfigSource,
   CoordinatorAddress,
   DataSyncUrlOptions,
@@ -74,7 +62,6 @@ export type {
   FailureCode,
   HostEntry,
   HostsConfig,
-  HostsConfigText,
   LoadOptions,
   NodeProbe,
   NodeSelection,
