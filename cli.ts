@@ -1,249 +1,394 @@
 /**
- * The command line, `cluster-hosts COMMAND [NODE...] [options]`, from a checkout, from a URL and compiled:
+ * Runs `cluster-hosts COMMAND [NODE...] [options]`: from a checkout, from a URL
+ * or compiled.
  *
  * ```sh
  * deno run --allow-read=config --allow-net cli.ts status
  * ```
  *
+ * Results go to stdout; progress, summaries and errors go to stderr. The exit
+ * code is 0 if all is well, 1 if it is not, 2 for bad usage, a bad inventory or
+ * something that could not be checked, and 130, 143 or 129 after SIGINT,
+ * SIGTERM or SIGHUP.
+ *
+ * It never prompts for a permission: an error names the missing flag, and
+ * `permissions COMMAND` prints all flags that a command needs.
+ *
  * @module
  */
 import { delay } from "jsr:@std/async@^1.5.0/delay";
-import manifest from "./deno.json" with { type: "json" };
-// deno-fmt-ignore: one name a line would be fifty lines.
+import { parseArgs } from "jsr:@std/cli@^1.0.32/parse-args";
 import {
-  ClusterNode, type CommandResult, DATA_SYNC_PORT, dataEndpoints, DEFAULT_CONFIG_PATH, DEFAULTS, didYouMean,
-  type Endpoint, endpointUrl, findSshEndpoint, foldNames, formatConfigProblem, getClusterNodes, getCoordinatorAddress,
-  getCoordinatorNode, getDataSyncUrls, getEloSyncConfig, getSyncUrls, hostPort, type HostsConfig, HostsConfigError,
-  type HostsConfigText, missingNetFlag, MODEL_SYNC_PORT, netFlag, type NodeProbe, type NodeSelection, type NodeState,
-  parseHostsConfig, probeNodes, racedSshEndpoints, readHostsConfig, readsUnifiedConfig, readVariable, runOnNodes,
-  selectNodes, spawnSsh, sshCommand, sshEndpoints, type SshOptions, statusPath, type SweepOptions, unsupportedDeno,
-  validateHostsConfig, waitForNodes, watchNodes,
-} from "./mod.ts";
+  checkedEndpoints,
+  type ClusterNode,
+  type CommandResult,
+  type ConfigProblem,
+  type ConfigText,
+  DATA_SYNC_PORT,
+  dataEndpoints,
+  DEFAULT_CONFIG_PATH,
+  DEFAULTS,
+  didYouMean,
+  type Endpoint,
+  endpointUrl,
+  filePath,
+  findSshEndpoint,
+  foldNames,
+  formatConfigProblem,
+  getClusterNodes,
+  getCoordinatorAddress,
+  getCoordinatorNode,
+  getDataSyncUrls,
+  getEloSyncConfig,
+  getSyncUrls,
+  HOST_FIELDS,
+  hostPort,
+  type HostsConfig,
+  HostsConfigError,
+  inspectConfig,
+  missingInventory,
+  missingNetFlag,
+  MODEL_SYNC_PORT,
+  netFlag,
+  type NodeProbe,
+  type NodeSelection,
+  type NodeState,
+  notCapable,
+  parseHostsConfig,
+  probeNodes,
+  quotesStderr,
+  racedSshEndpoints,
+  readHostsConfig,
+  readsUnifiedConfig,
+  readVariable,
+  runOnNodes,
+  selectNodes,
+  sharedEndpoints,
+  spawnSsh,
+  sshCommand,
+  sshEndpoints,
+  type SshOptions,
+  statusPath,
+  type SweepOptions,
+  unsupportedDeno,
+  urlEndpoint,
+  waitForNodes,
+  watchNodes,
+} from "./cluster_hosts.ts";
+import manifest from "./deno.json" with { type: "json" };
 
-/** What {@linkcode main} reads and writes: by default this process's own streams; a test gives one that records. */
+// --- Usage and options ---
+
+/** Streams and terminal of {@linkcode main}; a test gives one that records. */
 export interface Io {
-  /** Writes a result. */
-  out(text: string): void;
-  /** Writes progress or an error. */
-  err(text: string): void;
-  /** All of stdin. */
+  /** Writes a result. Resolves when it is written. */
+  out(text: string): void | Promise<void>;
+  /** Writes progress, a summary or an error. Resolves when it is written. */
+  err(text: string): void | Promise<void>;
+  /** Reads all of stdin. */
   readStdin(): Promise<Uint8Array<ArrayBuffer>>;
-  /** Calls the listener at SIGINT, SIGTERM and SIGHUP; gives the function that ends it. */
+  /** Calls the listener at SIGINT, SIGTERM, SIGHUP; returns what stops that. */
   onSignal(listener: (signal: Deno.Signal) => void): () => void;
-  /** The size of the terminal at this moment. */
+  /** Returns the size of the terminal at this moment. */
   size(): { readonly columns: number; readonly rows: number };
-  /** Whether results go to a terminal. */
+  /** True if results go to a terminal. */
   readonly isTerminal: boolean;
-  /** Whether progress and errors go to a terminal. */
+  /** True if progress and errors go to a terminal. */
   readonly isErrTerminal: boolean;
-  /** Whether a terminal can move its cursor: not with `TERM=dumb`. */
+  /** True if the terminal can move its cursor: not with `TERM=dumb`. */
   readonly hasCursor: boolean;
-  /** Whether colours are wanted on a terminal: not with `NO_COLOR`. */
+  /** True if a terminal shows colours: not with `NO_COLOR`. */
   readonly hasColour: boolean;
 }
 
-const SIGNAL_EXIT_CODES: Readonly<Record<string, number>> = { SIGINT: 130, SIGTERM: 143, SIGHUP: 129 };
+/** One of the commands: what it takes, what its help says, what it does. */
+type Command = InventoryCommand | ReadingCommand;
 
-function openTerminal(): Io {
-  const hasCursor = readVariable("TERM") !== "dumb";
-  return {
-    out: (text) => write(Deno.stdout, text),
-    err: (text) => write(Deno.stderr, text),
-    readStdin: () => new Response(Deno.stdin.readable).bytes(),
-    onSignal: listenToSignals,
-    // A terminal that was never told its size says 0.
-    size: () => ({ columns: Deno.consoleSize().columns || 80, rows: Deno.consoleSize().rows || 24 }),
-    isTerminal: Deno.stdout.isTerminal(),
-    isErrTerminal: Deno.stderr.isTerminal(),
-    hasCursor,
-    hasColour: hasCursor && !Deno.noColor,
-  };
-}
-
-function write(sink: typeof Deno.stdout | typeof Deno.stderr, text: string): void {
-  const bytes = new TextEncoder().encode(text);
-  try {
-    for (let written = 0; written < bytes.length;) written += sink.writeSync(bytes.subarray(written));
-  } catch (error) {
-    if (error instanceof Deno.errors.BrokenPipe) throw new ClosedOutput();
-    throw new Error(`Cannot write the output: ${messageOf(error)}`, { cause: error });
-  }
-}
-
-function listenToSignals(listener: (signal: Deno.Signal) => void): () => void {
-  // Windows knows the first one alone.
-  const signals = Object.keys(SIGNAL_EXIT_CODES).slice(0, Deno.build.os === "windows" ? 1 : 3) as Deno.Signal[];
-  const listeners = signals.map((signal) => [signal, () => listener(signal)] as const);
-  for (const entry of listeners) Deno.addSignalListener(...entry);
-  return () => listeners.forEach((entry) => Deno.removeSignalListener(...entry));
-}
-
-/** stdout closed early (`head`): exit quietly. */
-class ClosedOutput extends Error {}
-
-/** A signal came, which is the message. */
-class Interrupt extends Error {}
-
-interface Call {
-  readonly io: Io;
-  readonly signal: AbortSignal;
-  readonly flags: Flags;
-  /** Which of the command's kinds is asked for. */
-  readonly kind: string;
-  readonly words: readonly string[];
-  /** What follows "--". */
-  readonly remote: readonly string[] | undefined;
-  readonly inventory: Inventory;
-}
-
-interface Command {
+interface CommandBase {
   readonly name: string;
   readonly summary: string;
+  /** The usage line, without the program and the command's name. */
   readonly usage: string;
-  /** The words of which one precedes the NODEs. */
+  /** Subcommands; one of them comes before the NODEs. */
   readonly kinds?: readonly string[];
+  /** Options with which the kind may be left out; it is then "". */
+  readonly kindsReplacedBy?: readonly OptionName[];
   readonly options: readonly OptionName[];
-  /** Help on an option that means something of its own here. */
+  /** Help texts that replace the general ones. */
   readonly help?: Readonly<Partial<Record<OptionName, string>>>;
   readonly notes: string;
-  readonly examples: readonly [string, string];
-  run(call: Call): Promise<number>;
-  /** What it uses beside what reading the inventory takes. */
+  readonly examples: readonly string[];
+  /** True if its words select nodes. */
+  readonly takesNodes: boolean;
+  /** True if a command to run on the nodes may follow "--". */
+  readonly takesRemote?: boolean;
+  /** True if its first word is another command, with arguments of its own. */
+  readonly takesCommand?: boolean;
+  /** Returns what is wrong with its arguments, before the inventory is read. */
+  check?(request: Invocation): string | undefined;
+  /** Lists the permissions that it needs besides reading the inventory. */
   needs?(call: Call): Promise<Needs> | Needs;
 }
 
-type Needs = { readonly net?: readonly Endpoint[] } & { readonly [K in "env" | "sys" | "run"]?: readonly string[] };
-
-/**
- * Runs one command line and gives its exit code: 0 all is well; 1 it is not; 2 bad usage, a bad inventory, or something
- * that could not be checked; 130 Ctrl-C; 143 SIGTERM. Results go to stdout, progress and errors to stderr. A permission
- * is used when it is needed, and never asked for; `permissions COMMAND` prints those of a command.
- */
-export async function main(args: readonly string[], io: Io = openTerminal()): Promise<number> {
-  const controller = new AbortController();
-  const stopListening = io.onSignal((signal) => controller.abort(new Interrupt(signal)));
-  try {
-    const line = parseLine(args);
-    const help = args.length === 0 ? generalHelp() : helpOf(line);
-    if (help === undefined) return await runLine(line, io, controller.signal);
-    io.out(help);
-    return args.length === 0 ? 2 : 0;
-  } catch (error) {
-    if (error instanceof ClosedOutput) return 0;
-    if (error instanceof Interrupt) return SIGNAL_EXIT_CODES[error.message]!;
-    try {
-      warn(io, messageOf(error));
-    } catch {
-      // stderr is closed or full: the exit code is all that is left to say it.
-    }
-    return 2;
-  } finally {
-    stopListening();
-  }
+/** A command that is run on a sound inventory. */
+interface InventoryCommand extends CommandBase {
+  /** "fallback" if `RINGRIFT_COORDINATOR_IP` may stand for a missing one. */
+  readonly inventory: "required" | "fallback";
+  /** Runs it, and resolves to the exit code. */
+  run(call: Call): Promise<number>;
 }
 
-async function runLine(line: Line, io: Io, signal: AbortSignal): Promise<number> {
-  const { flags, remote, words: [name, ...words] } = line;
-  const unsupported = unsupportedDeno();
-  if (unsupported) throw new Error(unsupported);
-  const command = name === undefined ? undefined : findCommand(name, words);
-  const refused = refusals({ ...line, words }, command);
-  if (!command || refused.length > 0) throw new Error(refused.join("\n"));
-  const isRead = command !== VALIDATE;
-  const source = isRead ? await readInventory({ flags, io, signal }) : { text: "", origin: "", exists: false };
-  const call = { io, signal, flags, kind: "", words, remote, inventory: await parseInventory(source) };
-  return await command.run(takeKind(call, command));
+/** A command that reads the inventory itself, whatever is wrong with it. */
+interface ReadingCommand extends CommandBase {
+  readonly inventory: "own";
+  /** Runs it, and resolves to the exit code. */
+  run(request: Invocation): Promise<number>;
 }
 
-function helpOf({ flags, words: [name, ...words] }: Line): string | undefined {
-  if (flags.version || name === "version") return `cluster-hosts ${manifest.version}\n`;
-  const topic = name === "help" ? words[0] : name;
-  if (name !== "help" && !flags.help) return undefined;
-  return topic === undefined ? generalHelp() : commandHelp(findCommand(topic, words));
+/** Permissions that a command needs. */
+interface Needs {
+  readonly net?: readonly Endpoint[];
+  readonly env?: readonly string[];
+  readonly sys?: readonly string[];
+  readonly run?: readonly string[];
 }
 
-/** What is wrong with a line. The options of `permissions` are those of the command that it is about. */
-function refusals({ words, remote, flags, unknown, faults }: Line, command: Command | undefined): string[] {
-  const isInner = command === PERMISSIONS && words[0] !== undefined;
-  const [asked, given] = isInner ? [findCommand(words[0]!, words), words.slice(1)] : [command, words];
-  const seeHelp = `; see cluster-hosts ${asked ? `${asked.name} ` : ""}--help`;
-  const options = [...asked?.options ?? [], ...OPTION_NAMES].map((option) => `--${option}`);
-  const misplaced = OPTION_NAMES.filter((name) => name in flags && asked && !asked.options.includes(name));
-  const refused = [
-    ...unknown.map((option) => `Unknown option ${JSON.stringify(option)}${adviceOn(option, options) ?? seeHelp}`),
-    ...misplaced.map((name) => `${asked!.name} does not take --${name}${seeHelp}`),
-    ...faults,
-  ];
-  if (refused.length > 0) return refused;
-  if (!asked) return [`There is no command${seeHelp}`];
-  const views = (["json", "gather", "names", "watch", "dry-run"] as const).filter((name) => flags[name]);
-  if (views.length > 1 && `${views}` !== "json,watch") return [`--${views.join(" and --")} exclude each other`];
-  if (remote && asked !== SSH) return [`${asked.name} takes no command behind "--"`];
-  if (words.includes("")) return ["A NODE is empty: did a $(...) print nothing?"];
-  const isNodeless = asked.usage === "[options]" && given.length > 0;
-  return isNodeless ? [`${asked.name} takes no NODE, got ${given.join(" ")}; a file is given as --config FILE`] : [];
+/** What a command is asked to do, before its inventory is read. */
+interface Invocation {
+  readonly io: Io;
+  /** Aborts with an {@linkcode Interrupt} when a signal comes. */
+  readonly signal: AbortSignal;
+  readonly flags: Flags;
+  /** The kind that is asked for, of the command's `kinds`; else "". */
+  readonly kind: string;
+  /** The words after the command and its kind. */
+  readonly words: readonly string[];
+  /** The words after "--"; undefined without a "--". */
+  readonly remote: readonly string[] | undefined;
+  /**
+   * The command that `permissions` is about, or any other one that has
+   * `takesCommand`; `kind` and `words` are then those of this command.
+   */
+  readonly about: Command | undefined;
 }
 
-function takeKind(call: Call, { name, kinds }: Command): Call {
-  const { words: [word, ...words], flags } = call;
-  if (!kinds) return call;
-  if (word !== undefined && kinds.includes(word)) return { ...call, kind: word, words };
-  if (name === URLS.name && ("port" in flags || "path" in flags)) return call;
-  const head = word === undefined ? `${name} needs one of` : `Unknown kind ${JSON.stringify(word)}`;
-  throw new Error(`${head}${adviceOn(word ?? "", kinds) ?? `: ${kinds.join(", ")}`}`);
+/** What a command is asked to do, with its inventory. */
+interface Call extends Invocation {
+  readonly inventory: Inventory;
 }
 
-/** What people who come from 0.1 or from another tool type, and what to type instead. */
-const HINTS: readonly (readonly [typed: RegExp, hint: string])[] = [
-  [/^--fold$/, "it is gone; past 100 KB, permissions prints --allow-net"],
-  [/^--host$/, "it is gone; export ansible has the variables of every host under _meta"],
-  [/^--(format|output)$|^-[oj]$/, "write --json"],
-  [/^--(file|inventory)$|^-[fi]$/, "write --config PATH"],
-  [/^--(nodes?|hosts|limit)$|^-[wln]$/, "name the nodes without an option, as in 'gpu-[1-8]'"],
-  [/^--(ignore|skip)$|^-x$/, "write --exclude NODE"],
-  [/^--(filter|selector|label)$/, "write --where KEY=VALUE"],
-  [/^--(sort|order|failed|down)$/, "status lists problems first; --only problems shows them alone"],
-  [/^--(retry|retries)$/, "TCP repeats lost packets itself; a longer --timeout gives it time"],
-  [/^--(verbose|debug)$|^-v$/, "REASON says why; --json says everything"],
-  [/^-p$/, "write --port PORT"],
-  [/^-u$/, "write --user NAME"],
-  [/^(list|ls|hosts|inventory|show)$/, "write nodes"],
-  [/^(check|ping|health|up|top)$/, "write status"],
-  [/^(run|exec|shell|login|clush|pdsh)$/, "write ssh"],
-];
-
-function adviceOn(word: string, known: readonly string[]): string | undefined {
-  const hint = HINTS.find(([typed]) => typed.test(word))?.[1];
-  const near = didYouMean(word, known);
-  return hint ? `: ${hint}` : near && `; did you mean "${near}"?`;
+/** An option of the command line. */
+interface Option {
+  /** The letter that stands for it after one dash. */
+  readonly short?: string;
+  /** The word for its value in help. An option without one is a switch. */
+  readonly value?: string;
+  /** What an error says that it takes: `--port takes EXPECTED, not "x"`. */
+  readonly expected?: string;
+  /** Returns the value, or undefined if the text is not what is expected. */
+  parse?(text: string): unknown;
+  /** True if it may be repeated: the lists that `parse` returns are joined. */
+  readonly isList?: boolean;
+  readonly help: string;
 }
 
-function findCommand(name: string, words: readonly string[]): Command {
-  const command = COMMANDS.find((known) => known.name === name);
-  if (command) return command;
-  const later = COMMANDS.find((known) => words.includes(known.name));
-  if (later) throw new Error(`The command comes first: cluster-hosts ${later.name} ${shellQuote(name)}`);
-  const advice = adviceOn(name, COMMANDS.map(nameOf)) ?? "; see cluster-hosts --help";
-  throw new Error(`Unknown command ${JSON.stringify(name)}${advice}`);
+const TIME = {
+  value: "TIME",
+  expected: "seconds, or 500ms, 5s, 2m, 1h",
+  parse: parseDuration,
+} as const;
+
+const OPTIONS = {
+  config: {
+    short: "c",
+    value: "PATH|URL|-",
+    parse: parseAny,
+    help: "the inventory; - is stdin (default:\n" +
+      `$RINGRIFT_HOSTS_CONFIG, else\n${DEFAULT_CONFIG_PATH})`,
+  },
+  role: {
+    value: "ROLE",
+    expected: "a comma list",
+    parse: parseList,
+    isList: true,
+    help: "only nodes of these roles: a,b",
+  },
+  gpu: {
+    value: "TEXT",
+    expected: "a comma list",
+    parse: parseList,
+    isList: true,
+    help: "only nodes whose GPU contains TEXT",
+  },
+  status: {
+    value: "STATUS",
+    expected: "a comma list",
+    parse: parseList,
+    isList: true,
+    help: "only nodes of this status (default: active ones)",
+  },
+  exclude: {
+    value: "NODE",
+    parse: parseItem,
+    isList: true,
+    help: "leave these nodes out",
+  },
+  where: {
+    value: "KEY=VALUE",
+    expected: "KEY=VALUE",
+    parse: parsePair,
+    isList: true,
+    help: "only nodes whose entry says this; repeatable",
+  },
+  all: { help: "include inactive nodes" },
+  timeout: {
+    ...TIME,
+    short: "t",
+    help: `deadline of each node (default: ${
+      typedDuration(DEFAULTS.timeoutMs)
+    })`,
+  },
+  concurrency: {
+    value: "N",
+    expected: "a whole number from 1 to 1000000",
+    parse: parseConcurrency,
+    help: `how many nodes at once (default: ${DEFAULTS.concurrency})`,
+  },
+  port: {
+    value: "PORT",
+    expected: "a whole number from 1 to 65535",
+    parse: parsePortNumber,
+    help: "another port (default: each node's data server)",
+  },
+  tcp: { help: "check only that TCP connects" },
+  ssh: { help: "check that the ssh server answers" },
+  path: {
+    value: "PATH",
+    expected: 'a path that begins with "/"',
+    parse: parseUrlPath,
+    help: "ask for this path (default: each node's status_path)",
+  },
+  "min-up": {
+    value: "N|N%",
+    expected: "a number from 1, or 1% to 100%",
+    parse: parseMinUp,
+    help: "succeed once N nodes are up (default: all)",
+  },
+  only: {
+    value: "STATE",
+    expected: "up, unhealthy, down, unknown or problems",
+    parse: parseStates,
+    isList: true,
+    help: "show only up, unhealthy, down, unknown or problems",
+  },
+  gather: { help: "one line per outcome, names folded" },
+  names: { help: "print names only" },
+  show: {
+    value: "KEY",
+    expected: "a comma list of keys, such as matches,db.hash",
+    parse: parseList,
+    isList: true,
+    help:
+      "show these keys of the answers: a,b.c\n(default: version,game_count)",
+  },
+  watch: { help: "check again and again" },
+  interval: { ...TIME, help: "time between two checks of a node" },
+  down: { help: "wait until no node is up" },
+  "include-self": { help: "urls data: this host too" },
+  unchecked: { help: "check nothing: print the URL of every selected node" },
+  user: {
+    short: "l",
+    value: "NAME",
+    parse: parseAny,
+    help: "log in as NAME (default: each node's ssh_user)",
+  },
+  "connect-timeout": {
+    ...TIME,
+    help: `time allowed to connect (default: ${
+      typedDuration(DEFAULTS.connectTimeoutMs)
+    })`,
+  },
+  "ssh-option": {
+    short: "o",
+    value: "KEY=VALUE",
+    expected: "KEY=VALUE as in ssh_config(5)",
+    parse: parseAssignment,
+    isList: true,
+    help: "as in ssh_config(5); repeatable",
+  },
+  cd: { help: "run it in each node's ringrift_path" },
+  stdin: { help: "give each node what comes on stdin" },
+  "dry-run": { help: "print the commands, and run none" },
+  strict: { help: "a warning is an error" },
+  json: { help: "print JSON" },
+  quiet: { short: "q", help: "print nothing if all is well" },
+  help: { short: "h", help: "print this text" },
+  version: { short: "V", help: "print the version" },
+} as const satisfies Record<string, Option>;
+
+type OptionName = keyof typeof OPTIONS;
+
+/** The value of an option: what its `parse` returns, or true for a switch. */
+type OptionValue<O> = O extends { parse(text: string): infer T }
+  ? Exclude<T, undefined>
+  : true;
+
+/** The options that are given. */
+type Flags = {
+  readonly [Name in OptionName]?: OptionValue<(typeof OPTIONS)[Name]>;
+};
+
+const OPTION_NAMES = Object.keys(OPTIONS) as OptionName[];
+const SWITCHES = OPTION_NAMES.filter(isSwitch);
+const VALUED = OPTION_NAMES.filter((name) => !isSwitch(name));
+
+function isSwitch(name: OptionName): boolean {
+  return !("value" in OPTIONS[name]);
 }
 
-function nameOf({ name }: { readonly name: string }): string {
-  return name;
-}
+/** Options that select the nodes. */
+const SELECTION = [
+  "config",
+  "role",
+  "gpu",
+  "status",
+  "exclude",
+  "where",
+  "all",
+] as const satisfies OptionName[];
+
+/** Options of what contacts many nodes. */
+const SWEEP = [
+  "timeout",
+  "concurrency",
+  "port",
+] as const satisfies OptionName[];
+
+/** Options of every command that prints something. */
+const COMMON = ["json", "quiet", "help"] as const satisfies OptionName[];
 
 function generalHelp(): string {
-  const options = optionHelp([...SELECTION, ...SWEEP, ...COMMON, "version"]);
+  const commands = COMMANDS.map(({ name, summary }) =>
+    `  ${name.padEnd(12)} ${summary}`
+  );
+
   return [
-    `cluster-hosts ${manifest.version}: which nodes the cluster has, and which of them answer`,
+    `cluster-hosts ${manifest.version}: ` +
+    "which nodes the cluster has, and which of them answer",
     "Usage: cluster-hosts COMMAND [NODE...] [options]",
-    COMMANDS.map(({ name, summary }) => `  ${name.padEnd(12)} ${summary}`).join("\n"),
-    "NODE is a name, a glob (gpu-*), a range (gpu-[1-8], gpu-[01-16,20]) or a comma\nlist of these. Without one: " +
-    `the active nodes.\n\n${options}\n\n"cluster-hosts COMMAND --help" lists what a command takes.`,
-    "Exit code 0: all is well; 1: it is not; 2: bad usage or config, or not checked.\n",
+    commands.join("\n"),
+    "NODE is a name, a glob (gpu-*), a range (gpu-[1-8], gpu-[01-16,20]) or a\n" +
+    "comma list of these. Without one: the active nodes.",
+    optionHelp([...SELECTION, ...SWEEP, ...COMMON, "version"]),
+    '"cluster-hosts COMMAND --help" lists what a command takes.',
+    "Exit code 0: all is well; 1: it is not; 2: bad usage or config, or\n" +
+    "something could not be checked.\n",
   ].join("\n\n");
 }
 
-function commandHelp({ name, summary, usage, options, help, notes, examples }: Command): string {
+function commandHelp(command: Command): string {
+  const { name, summary, usage, options, help, notes, examples } = command;
+
   return [
     summary.charAt(0).toUpperCase() + summary.slice(1),
     `Usage: cluster-hosts ${name} ${usage}`,
@@ -253,331 +398,1065 @@ function commandHelp({ name, summary, usage, options, help, notes, examples }: C
   ].join("\n\n");
 }
 
-function optionHelp(names: readonly OptionName[], own: Command["help"] = {}): string {
-  return names.map((name) => {
+/** Lists options with their help; `own` replaces the help of some of them. */
+function optionHelp(
+  names: readonly OptionName[],
+  own: Command["help"] = {},
+): string {
+  const labelWidth = 23;
+  const indent = `\n${" ".repeat(labelWidth + 3)}`;
+
+  const lines = names.map((name) => {
     const { short, value, help }: Option = OPTIONS[name];
-    const label = `${short ? `-${short}, ` : ""}--${name}${value ? ` ${value}` : ""}`;
-    return `  ${label.padEnd(23)} ${(own[name] ?? help).replaceAll("\n", `\n${" ".repeat(26)}`)}`;
-  }).join("\n");
+    const letter = short ? `-${short}, ` : "";
+    const placeholder = value ? ` ${value}` : "";
+    const label = `${letter}--${name}${placeholder}`;
+    const gap = label.length > labelWidth ? indent : " ";
+    const text = (own[name] ?? help).replaceAll("\n", indent);
+
+    return `  ${label.padEnd(labelWidth)}${gap}${text}`;
+  });
+
+  return lines.join("\n");
 }
 
-interface Option {
-  readonly value?: string;
-  readonly expected?: string;
-  /** The value; undefined if it is not what is expected. A list is added to, if the option is given again. */
-  parse?(text: string): unknown;
-  readonly help: string;
-  readonly short?: string;
+// --- Arguments ---
+
+/** A line taken apart; its faults are reported once its command is known. */
+interface Line {
+  readonly words: readonly string[];
+  readonly remote: readonly string[] | undefined;
+  readonly flags: Flags;
+  readonly unknown: readonly string[];
+  readonly faults: readonly OptionFault[];
+  /** True if nothing was typed at all. */
+  readonly isEmpty: boolean;
 }
 
-const TEXT = { parse: (text: string) => text } as const;
-const ITEM = { parse: (text: string) => [text] } as const;
-const LIST = { expected: "a comma list", parse: splitList } as const;
-const TIME = { value: "TIME", expected: "seconds, or 500ms, 5s, 2m", parse: parseDuration } as const;
-const PAIR = { value: "KEY=VALUE", expected: "KEY=VALUE" } as const;
-const MIN_UP = { value: "N|N%", expected: "a number from 1, or 1% to 100%" } as const;
-const STATE = { value: "STATE", expected: "up, unhealthy, down, unknown or problems" } as const;
-const CONFIG_HELP = `the inventory; - is stdin (default:\n$RINGRIFT_HOSTS_CONFIG, else\n${DEFAULT_CONFIG_PATH})`;
-
-function wholeNumber(max: number) {
-  const parse = (text: string) => /^[1-9]\d{0,8}$/.test(text) && Number(text) <= max ? Number(text) : undefined;
-  return { value: "N", expected: `a whole number from 1 to ${max}`, parse };
+/** An option with a value that it does not take. */
+interface OptionFault {
+  readonly option: OptionName;
+  readonly message: string;
 }
 
-const OPTIONS = {
-  config: { ...TEXT, short: "c", value: "PATH|URL|-", help: CONFIG_HELP },
-  role: { ...LIST, value: "ROLE", help: "only nodes of these roles: a,b (default: any)" },
-  gpu: { ...LIST, value: "TEXT", help: "only nodes whose GPU contains TEXT (default: any)" },
-  status: { ...LIST, value: "STATUS", help: "only nodes of this status (default: active ones)" },
-  exclude: { ...ITEM, value: "NODE", help: "not these nodes (default: none)" },
-  where: { ...PAIR, parse: parsePair, help: "only nodes whose entry says this (default: any)" },
-  all: { help: "inactive nodes too (default: active ones)" },
-  timeout: { ...TIME, short: "t", help: `deadline of each node (default: ${showDuration(DEFAULTS.timeoutMs)})` },
-  concurrency: { ...wholeNumber(1_000_000), help: `how many nodes at once (default: ${DEFAULTS.concurrency})` },
-  port: { ...wholeNumber(65_535), value: "PORT", help: "another port (default: each node's data server)" },
-  tcp: { help: "check the TCP connection only (default: HTTP)" },
-  path: { ...TEXT, value: "PATH", help: "ask for this path (default: each node's status_path)" },
-  "min-up": { ...MIN_UP, parse: parseMinUp, help: "succeed once N nodes are up (default: all)" },
-  only: { ...STATE, parse: parseStates, help: "show only down, unhealthy, unknown, up, or problems" },
-  gather: { help: "one line per outcome, names folded (default: a table)" },
-  names: { help: "names alone, of --only too (default: a table)" },
-  watch: { help: "check again and again (default: once)" },
-  interval: { ...TIME, help: "between two checks of a node" },
-  "include-self": { help: "urls data: this host too (default: left out)" },
-  unchecked: { help: "every selected node (default: those that answer)" },
-  user: { ...TEXT, value: "NAME", help: "log in as NAME (default: each node's ssh_user)" },
-  "connect-timeout": { ...TIME, help: `to connect (default: ${showDuration(DEFAULTS.connectTimeoutMs)})` },
-  "ssh-option": { ...PAIR, parse: ITEM.parse, help: "as in ssh_config(5); repeatable (default: none)" },
-  cd: { help: "run it in each node's ringrift_path (default: at home)" },
-  stdin: { help: "give each node what comes on stdin (default: nothing)" },
-  "dry-run": { help: "print the commands (default: run them)" },
-  strict: { help: "a warning is an error (default: it is not)" },
-  list: { help: "accepted for Ansible; ignored" },
-  json: { help: "JSON (default: text)" },
-  quiet: { short: "q", help: "only JSON and failures (default: progress, summary)" },
-  help: { short: "h", help: "this text" },
-  version: { short: "V", help: "the version" },
-} satisfies Record<string, Option>;
+function parseLine(args: readonly string[]): Line {
+  const end = args.indexOf("--");
+  const ours = end < 0 ? args : args.slice(0, end);
+  const remote = end < 0 ? undefined : args.slice(end + 1);
 
-type OptionName = keyof typeof OPTIONS;
-type OptionValue<O> = O extends { parse(text: string): infer T } ? Exclude<T, undefined> : true;
-type Flags = { readonly [K in OptionName]?: OptionValue<(typeof OPTIONS)[K]> };
+  const { joined, unknown, faults } = joinOptions(ours);
+  const given: Record<string, unknown> = parseArgs(joined, {
+    boolean: SWITCHES,
+    // "_" keeps words such as 010 as they are.
+    string: [...VALUED, "_"],
+    collect: VALUED,
+  });
+  const read = readFlags(given);
 
-const OPTION_NAMES = Object.keys(OPTIONS) as OptionName[];
-const SELECTION = ["config", "role", "gpu", "status", "exclude", "where", "all"] as const;
-const SWEEP = ["timeout", "concurrency", "port"] as const;
-const COMMON = ["json", "quiet", "help"] as const;
+  return {
+    words: given._ as string[],
+    remote,
+    flags: read.flags,
+    unknown: [...unknown],
+    faults: [...faults, ...read.faults],
+    isEmpty: args.length === 0,
+  };
+}
 
-/** A line taken apart. What is wrong with it is told when its command is known. */
-type Line = ReturnType<typeof parseLine>;
+/**
+ * Writes each option with its value as one word, `--name=value`, and each
+ * switch as `--name=true`: the only form that `parseArgs` takes without fault.
+ *
+ * Bare, it takes `-t5s` for three switches and `--config -` for an empty value,
+ * loses the key of `-oKEY=VALUE`, and lets an unknown option swallow a word.
+ */
+function joinOptions(
+  args: readonly string[],
+): { joined: string[]; unknown: Set<string>; faults: OptionFault[] } {
+  const joined: string[] = [];
+  const unknown = new Set<string>();
+  const faults: OptionFault[] = [];
+  const queue = [...args];
 
-function parseLine(args: readonly string[]) {
-  const end = args.includes("--") ? args.indexOf("--") : args.length;
-  const queue = args.slice(0, end);
+  while (queue.length > 0) {
+    const arg = queue.shift()!;
+    const option = splitOption(arg);
+
+    if (!option) {
+      const isWord = arg === "-" || !arg.startsWith("-");
+      if (isWord) joined.push(arg);
+      else unknown.add(arg.replace(/(?<=^--.+?)=.*$/s, ""));
+      continue;
+    }
+
+    const { name, attached, isLetter } = option;
+    if (!isSwitch(name)) {
+      const value = attached ?? takeValue(queue);
+      if (value) {
+        joined.push(`--${name}=${value}`);
+      } else {
+        faults.push(missingValue(name));
+      }
+      continue;
+    }
+
+    const isValue = !isLetter || attached?.startsWith("=");
+    if (attached !== undefined && isValue) {
+      faults.push(needlessValue(name));
+      continue;
+    }
+
+    joined.push(`--${name}=true`);
+    // More letters, as in -qt1s.
+    if (attached !== undefined) queue.unshift(`-${attached}`);
+  }
+
+  return { joined, unknown, faults };
+}
+
+/** An option as it is typed, with what is attached to it. */
+interface TypedOption {
+  readonly name: OptionName;
+  readonly attached: string | undefined;
+  readonly isLetter: boolean;
+}
+
+/** Splits a known option, `--name=value` or `-nvalue`. */
+function splitOption(arg: string): TypedOption | undefined {
+  const [, word, value] = /^--([^=]+)(?:=(.*))?$/s.exec(arg) ?? [];
+  const [, letter, rest] = /^-([^-])(.+)?$/su.exec(arg) ?? [];
+
+  for (const name of OPTION_NAMES) {
+    const { short }: Option = OPTIONS[name];
+
+    if (word === name) return { name, attached: value, isLetter: false };
+    if (letter === undefined || letter !== short) continue;
+
+    // -c=value is -cvalue.
+    const attached = isSwitch(name) ? rest : rest?.replace(/^=/, "");
+    return { name, attached, isLetter: true };
+  }
+  return undefined;
+}
+
+function missingValue(name: OptionName): OptionFault {
+  const { value }: Option = OPTIONS[name];
+  return { option: name, message: `--${name} needs a value: ${value}` };
+}
+
+function needlessValue(name: OptionName): OptionFault {
+  const message = `--${name} takes no value: write --${name}, or leave it out`;
+  return { option: name, message };
+}
+
+/** Takes the next argument, unless it is another option; "-" is a value. */
+function takeValue(queue: string[]): string | undefined {
+  const [next] = queue;
+  const isValue = next === "-" || !next?.startsWith("-");
+  return isValue ? queue.shift() : undefined;
+}
+
+/** Reads the flags from what `parseArgs` has found. */
+function readFlags(
+  given: Readonly<Record<string, unknown>>,
+): { flags: Flags; faults: OptionFault[] } {
   const flags: Record<string, unknown> = {};
-  const [words, unknown, faults]: [string[], string[], string[]] = [[], [], []];
-  for (let arg = queue.shift(); arg !== undefined; arg = queue.shift()) {
-    const [, long, inline] = /^--([^=]+)(?:=(.*))?$/s.exec(arg) ?? [];
-    const letter = long === undefined ? arg[1] : "";
-    const name = OPTION_NAMES.find((name) => name === long || (OPTIONS[name] as Option).short === letter);
-    const attached = long === undefined ? arg.slice(2).replace(/^=/, "") || undefined : inline;
-    if (!arg.startsWith("-") || arg === "-") words.push(arg);
-    else if (name) faults.push(...takeOption(flags, name, attached, queue));
-    else unknown.push(long === undefined ? arg : `--${long}`);
+  const faults: OptionFault[] = [];
+
+  for (const name of SWITCHES) {
+    if (given[name] === true) flags[name] = true;
   }
-  const remote = end < args.length ? args.slice(end + 1) : undefined;
-  return { words, remote, flags: flags as Flags, unknown, faults };
+
+  for (const name of VALUED) {
+    const texts = given[name] as string[];
+    if (texts.length === 0) continue;
+
+    const parsed = parseValues(name, texts);
+    if ("value" in parsed) flags[name] = parsed.value;
+    else faults.push({ option: name, message: parsed.message });
+  }
+
+  return { flags: flags as Flags, faults };
 }
 
-/** Sets one flag, from its own argument or the next one; gives what is wrong with it. */
-function takeOption(flags: Record<string, unknown>, name: OptionName, inline: string | undefined, queue: string[]) {
-  const { value, expected, parse }: Option = OPTIONS[name];
-  if (!parse) {
-    flags[name] = true;
-    // 0.1 took the interval there.
-    const isInterval = name === "watch" && /^\d+(\.\d+)?$/.test(inline ?? queue[0] ?? "");
-    if (isInterval) return [`--watch takes no value: write --watch --interval ${inline ?? queue.shift()}`];
-    return inline === undefined ? [] : [`--${name} takes no value: write --${name}, or leave it out`];
+/** Parses the values of one option; a repeatable one gives a joined list. */
+function parseValues(
+  name: OptionName,
+  texts: readonly string[],
+): { value: unknown } | { message: string } {
+  const { expected, isList, parse }: Option = OPTIONS[name];
+
+  if (!isList && texts.length > 1) {
+    return { message: `--${name} is given twice` };
   }
-  // What begins with "-" is the next option, unless it is "-" or a negative number, of which the answer says more.
-  const text = inline ?? (/^-\D/.test(queue[0] ?? "-?") ? "" : queue.shift()!);
-  const parsed = parse(text);
-  if (text === "") return [`--${name} needs a value: ${value}`];
-  if (parsed === undefined) return [`--${name} takes ${expected}, not ${JSON.stringify(text)}`];
-  flags[name] = Array.isArray(parsed) ? [...flags[name] as unknown[] ?? [], ...parsed] : parsed;
-  return [];
+
+  const values = texts.map((text) => parse?.(text));
+  const wrong = values.indexOf(undefined);
+  if (wrong >= 0) {
+    const text = JSON.stringify(texts[wrong]);
+    return { message: `--${name} takes ${expected}, not ${text}` };
+  }
+
+  return { value: isList ? values.flat() : values[0] };
 }
 
+function parseAny(text: string): string {
+  return text;
+}
+
+function parseItem(text: string): string[] {
+  return [text];
+}
+
+function parseList(text: string): string[] | undefined {
+  const items = text.split(",").map((item) => item.trim());
+  const filled = items.filter((item) => item !== "");
+  return filled.length > 0 ? filled : undefined;
+}
+
+/** Parses `KEY=VALUE` to a list of one pair, as lists are joined. */
+function parsePair(
+  text: string,
+): (readonly [key: string, value: string])[] | undefined {
+  const [, key, value] = /^([^=]+)=(.*)$/s.exec(text) ?? [];
+  if (key === undefined || value === undefined) return undefined;
+  return [[key, value]];
+}
+
+function parseAssignment(text: string): string[] | undefined {
+  return parsePair(text) ? [text] : undefined;
+}
+
+function parseUrlPath(text: string): string | undefined {
+  return text.startsWith("/") ? text : undefined;
+}
+
+function parseConcurrency(text: string): number | undefined {
+  return parseWhole(text, 1_000_000);
+}
+
+function parsePortNumber(text: string): number | undefined {
+  return parseWhole(text, 65_535);
+}
+
+function parseWhole(text: string, most: number): number | undefined {
+  if (!/^[1-9]\d{0,8}$/.test(text)) return undefined;
+
+  const number = Number(text);
+  return number <= most ? number : undefined;
+}
+
+const UNIT_MS: Readonly<Record<string, number>> = {
+  ms: 1,
+  s: 1000,
+  m: 60_000,
+  h: 3_600_000,
+};
+
+/** The longest delay that a timer can hold. */
+const MAX_TIMER_MS = 2 ** 31 - 1;
+
+/** Parses a duration to milliseconds; a number alone counts seconds. */
 function parseDuration(text: string): number | undefined {
-  const [, number, unit = "s"] = /^(\d+(?:\.\d+)?)(ms|s|m|h)?$/.exec(text) ?? [];
-  const ms = Number(number) * { ms: 1, s: 1000, m: 60_000, h: 3_600_000 }[unit]!;
-  // What a timer can hold.
-  return ms >= 1 && ms < 2 ** 31 ? ms : undefined;
+  const [, number, unit = "s"] = /^(\d+(?:\.\d+)?)(ms|s|m|h)?$/.exec(text) ??
+    [];
+  if (number === undefined) return undefined;
+
+  const ms = Number(number) * UNIT_MS[unit]!;
+  return ms >= 1 && ms <= MAX_TIMER_MS ? ms : undefined;
 }
 
-function showDuration(ms: number): string {
+/** Writes a duration as it is typed: `5s`, `500ms`. */
+function typedDuration(ms: number): string {
   if (ms % 1000 !== 0) return `${ms}ms`;
-  return ms % 60_000 === 0 ? `${ms / 60_000}m` : `${ms / 1000}s`;
+  if (ms % 60_000 !== 0) return `${ms / 1000}s`;
+  return `${ms / 60_000}m`;
 }
 
-/** How many nodes out of a total have to be up. */
-function parseMinUp(text: string): ((total: number) => number) | undefined {
-  const [, number, percent] = /^(\d{1,7}(?:\.\d+)?)(%?)$/.exec(text) ?? [];
-  const count = Number(number);
-  if (percent && count > 0 && count <= 100) return (total) => Math.ceil((count * total - 1e-9) / 100);
-  return !percent && count >= 1 && Number.isInteger(count) ? () => count : undefined;
+/** How many of the selected nodes have to be up. */
+type MinUp = { readonly count: number } | { readonly percent: number };
+
+function parseMinUp(text: string): MinUp | undefined {
+  const [, digits, sign] = /^(\d{1,7}(?:\.\d+)?)(%?)$/.exec(text) ?? [];
+  if (digits === undefined) return undefined;
+
+  const number = Number(digits);
+  if (sign === "%") {
+    return number >= 1 && number <= 100 ? { percent: number } : undefined;
+  }
+  return number >= 1 && Number.isInteger(number)
+    ? { count: number }
+    : undefined;
 }
 
-const STATES: readonly NodeState[] = ["down", "unhealthy", "unknown", "up"];
+/** The states of a node, problems first. */
+const STATES = [
+  "down",
+  "unhealthy",
+  "unknown",
+  "up",
+] as const satisfies NodeState[];
 
 function parseStates(text: string): NodeState[] | undefined {
-  const known = (word: string) => word === "problems" ? STATES.slice(0, -1) : STATES.filter((state) => state === word);
-  const states = splitList(text)?.map(known) ?? [[]];
-  return states.every(({ length }) => length > 0) ? states.flat() : undefined;
+  const words = parseList(text);
+  if (!words) return undefined;
+
+  const states: NodeState[] = [];
+  for (const word of words) {
+    const meant = STATES.filter((state) =>
+      state === word || (word === "problems" && state !== "up")
+    );
+    if (meant.length === 0) return undefined;
+    states.push(...meant);
+  }
+
+  return states;
 }
 
-function parsePair(text: string): [key: string, value: string][] | undefined {
-  const [, key, value] = /^([^=]+)=(.*)$/s.exec(text) ?? [];
-  return key === undefined || value === undefined ? undefined : [[key, value]];
+/** Returns the help or the version, if a line asks for it. */
+function immediateAnswer(line: Line): string | undefined {
+  const { flags, words: [name, ...words] } = line;
+  if (flags.version || name === "version") {
+    return `cluster-hosts ${manifest.version}\n`;
+  }
+
+  const isHelp = name === "help";
+  if (!isHelp && !flags.help) return undefined;
+
+  const topic = isHelp ? words[0] : name;
+  return topic === undefined
+    ? generalHelp()
+    : commandHelp(findCommand(topic, words));
 }
 
-function splitList(text: string): string[] | undefined {
-  const items = text.split(",").map((item) => item.trim()).filter((item) => item !== "");
-  return items.length > 0 ? items : undefined;
+/** Finds the command of a line, and throws what is wrong with its arguments. */
+function readRequest(
+  line: Line,
+  streams: Pick<Invocation, "io" | "signal">,
+): { command: Command; request: Invocation } {
+  const [name, ...words] = line.words;
+  const command = name === undefined ? undefined : findCommand(name, words);
+
+  const [innerName, ...innerWords] = words;
+  const about = command?.takesCommand && innerName !== undefined
+    ? findCommand(innerName, innerWords)
+    : undefined;
+  // The command whose options and arguments these are.
+  const subject = about ?? command;
+
+  const problems = optionProblems(line, subject);
+  if (problems.length > 0) throw new Error(problems.join("\n"));
+  if (!command || !subject) {
+    throw new Error("There is no command; see cluster-hosts --help");
+  }
+
+  const clash = exclusiveClash(line.flags);
+  if (clash) throw new Error(clash);
+
+  const request = takeKind({
+    ...streams,
+    flags: line.flags,
+    kind: "",
+    words: about ? innerWords : words,
+    remote: line.remote,
+    about,
+  }, subject);
+
+  const problem = argumentProblem(request, subject) ?? subject.check?.(request);
+  if (problem) {
+    const hint = subject.takesNodes ? expansionHint(request.words) : "";
+    throw new Error(problem + hint);
+  }
+
+  return { command, request };
 }
 
-interface Inventory extends HostsConfigText {
+/** Lists options that are unknown, not this command's, or have no sound value. */
+function optionProblems(line: Line, command: Command | undefined): string[] {
+  const { flags, unknown, faults } = line;
+  const known = command?.options ?? OPTION_NAMES;
+  const seeHelp = command
+    ? `; see cluster-hosts ${command.name} --help`
+    : "; see cluster-hosts --help";
+  const problems: string[] = [];
+
+  for (const option of unknown) {
+    const near = didYouMean(option, known.map((name) => `--${name}`));
+    const meant = near && `; did you mean "${near}"?`;
+    const advice = hintOn(option, known) ?? meant ?? seeHelp;
+    problems.push(`Unknown option ${JSON.stringify(option)}${advice}`);
+  }
+
+  for (const name of OPTION_NAMES) {
+    const fault = faults.find(({ option }) => option === name);
+    const isGiven = name in flags || fault !== undefined;
+
+    if (isGiven && command && !known.includes(name)) {
+      const advice = hintOn(`--${name}`, known) ?? seeHelp;
+      problems.push(`${command.name} does not take ${spelled(name)}${advice}`);
+    } else if (fault) {
+      problems.push(fault.message);
+    }
+  }
+
+  return problems;
+}
+
+/** Options of one group exclude each other. */
+const EXCLUSIVE: readonly (readonly OptionName[])[] = [
+  ["json", "gather", "names", "dry-run"],
+  ["watch", "gather", "names"],
+  ["show", "gather", "names"],
+  // --tcp and --ssh ask for no document, and --ssh has a port of its own.
+  ["tcp", "ssh", "path"],
+  ["tcp", "ssh", "show"],
+  ["ssh", "port"],
+  // Down means that no node at all is up.
+  ["down", "min-up"],
+];
+
+function exclusiveClash(flags: Flags): string | undefined {
+  const given = EXCLUSIVE.map((group) => group.filter((name) => name in flags));
+  const clash = given.find((names) => names.length > 1);
+  if (!clash) return undefined;
+
+  const options = clash.map((name) => `--${name}`).join(" and ");
+  return `${options} exclude each other`;
+}
+
+/** Returns what is wrong with the arguments together. */
+function argumentProblem(
+  request: Invocation,
+  command: Command,
+): string | undefined {
+  const { words, remote, flags } = request;
+  const { name, takesNodes, takesRemote } = command;
+
+  if (flags.stdin && flags.config === "-") {
+    return "stdin can be read once: --stdin and --config - exclude each other";
+  }
+  if (remote && !takesRemote) return `${name} takes no command after "--"`;
+  if (takesNodes && words.includes("")) {
+    return "A NODE is empty: did a $(...) print nothing?";
+  }
+  if (!takesNodes && words.length > 0) {
+    const got = words.join(" ");
+    return `${name} takes no NODE, got ${got}; ` +
+      "a file is given as --config FILE";
+  }
+  return undefined;
+}
+
+/** Names an option in an error, with the letter that may have been typed. */
+function spelled(name: OptionName): string {
+  const { short }: Option = OPTIONS[name];
+  return short ? `--${name} (-${short})` : `--${name}`;
+}
+
+/** Advice on an option that other tools have, or other commands. */
+interface Hint {
+  readonly typed: string;
+  /** The option that a command must take for the advice to be sound. */
+  readonly takes: OptionName;
+  readonly advice: string;
+}
+
+const NAME_NODES =
+  "name the nodes without an option, as in 'gpu-[1-8]'; '*' is every active node";
+
+/** What those who come from other tools type; the first that fits counts. */
+const HINTS: readonly Hint[] = [
+  { typed: "-w", takes: "role", advice: NAME_NODES },
+  { typed: "-a", takes: "role", advice: NAME_NODES },
+  { typed: "--limit", takes: "role", advice: NAME_NODES },
+  { typed: "-g", takes: "role", advice: "write --role ROLE" },
+  { typed: "-f", takes: "concurrency", advice: "write --concurrency N" },
+  { typed: "--forks", takes: "concurrency", advice: "write --concurrency N" },
+  { typed: "--sort", takes: "only", advice: "status lists problems first" },
+  { typed: "-n", takes: "watch", advice: "write --watch --interval TIME" },
+  { typed: "-n", takes: "interval", advice: "write --interval TIME" },
+  { typed: "-x", takes: "exclude", advice: "write --exclude NODE" },
+  { typed: "-b", takes: "gather", advice: "write --gather" },
+  { typed: "-i", takes: "ssh-option", advice: "write -o IdentityFile=PATH" },
+  { typed: "-i", takes: "config", advice: "write --config PATH" },
+  { typed: "-p", takes: "ssh-option", advice: "write -o Port=PORT" },
+  { typed: "-p", takes: "port", advice: "write --port PORT" },
+  { typed: "--down", takes: "only", advice: "write --only down" },
+  // -o json, as in kubectl.
+  { typed: "--ssh-option", takes: "json", advice: "for JSON, write --json" },
+];
+
+function hintOn(
+  option: string,
+  known: readonly OptionName[],
+): string | undefined {
+  const hint = HINTS.find(({ typed, takes }) =>
+    typed === option && known.includes(takes)
+  );
+  return hint && `: ${hint.advice}`;
+}
+
+/** Commands by the names that other tools have for them. */
+const OTHER_NAMES: ReadonlyMap<string, string> = new Map([
+  ["list", "nodes"],
+  ["ls", "nodes"],
+  ["check", "status"],
+  ["ping", "status"],
+  ["run", "ssh"],
+  ["exec", "ssh"],
+]);
+
+/** Finds a command; `words` are those after its name. */
+function findCommand(name: string, words: readonly string[]): Command {
+  const command = COMMANDS.find((known) => known.name === name);
+  if (command) return command;
+
+  const later = COMMANDS.find((known) => words.includes(known.name));
+  if (later) {
+    const form = `cluster-hosts ${later.name} ${later.usage}`;
+    throw new Error(
+      `Unknown command ${
+        JSON.stringify(name)
+      }; the command comes first: ${form}`,
+    );
+  }
+
+  const near = OTHER_NAMES.get(name) ??
+    didYouMean(name, COMMANDS.map(nameOf));
+  const advice = near ? `did you mean "${near}"?` : "see cluster-hosts --help";
+  throw new Error(`Unknown command ${JSON.stringify(name)}; ${advice}`);
+}
+
+/** Takes the kind from the words, of a command that has kinds. */
+function takeKind(request: Invocation, command: Command): Invocation {
+  const { name, kinds, kindsReplacedBy = [] } = command;
+  if (!kinds) return request;
+
+  const [word, ...words] = request.words;
+  if (word !== undefined && kinds.includes(word)) {
+    return { ...request, kind: word, words };
+  }
+  if (kindsReplacedBy.some((option) => option in request.flags)) {
+    return request;
+  }
+  if (word === undefined) {
+    throw new Error(`${name} needs one of: ${kinds.join(", ")}`);
+  }
+
+  const near = didYouMean(word, kinds);
+  const advice = near
+    ? `did you mean "${near}"?`
+    : `${name} takes one of: ${kinds.join(", ")}`;
+  throw new Error(`Unknown kind ${JSON.stringify(word)}; ${advice}`);
+}
+
+function nameOf({ name }: { readonly name: string }): string {
+  return name;
+}
+
+function nodeOf({ node }: { readonly node: ClusterNode }): ClusterNode {
+  return node;
+}
+
+function foldNodes(nodes: readonly ClusterNode[]): string {
+  return foldNames(nodes.map(nameOf));
+}
+
+// --- Inventory and selection ---
+
+/** An inventory and its nodes. */
+interface Inventory extends ConfigText {
   readonly config: HostsConfig;
   readonly nodes: readonly ClusterNode[];
+  /** True if `RINGRIFT_COORDINATOR_IP` stands for a missing inventory. */
+  readonly isFallback: boolean;
 }
 
-async function readInventory(call: Pick<Call, "flags" | "io" | "signal">): Promise<HostsConfigText> {
-  const { flags: { config, timeout: timeoutMs }, signal } = call;
-  if (config !== "-") return await readHostsConfig(config, { timeoutMs, signal });
-  const text = new TextDecoder().decode(await readStdin(call));
-  if (text.includes("\ufffd")) throw new HostsConfigError("stdin", [{ path: "", message: "is not UTF-8" }]);
-  return { text, origin: "stdin", exists: true };
+/** Reads the inventory that a command works on. */
+async function loadInventory(
+  request: Invocation,
+  { mayFallBack }: { readonly mayFallBack: boolean },
+): Promise<Inventory> {
+  const source = await readInventory(request);
+
+  if (source.exists) return await parseInventory(source);
+  if (mayFallBack) return await fallbackInventory(source);
+  throw missingInventory();
 }
 
-/** Reading stdin has no signal of its own, and must not keep Ctrl-C waiting. */
-async function readStdin({ io, signal }: Pick<Call, "io" | "signal">): Promise<Uint8Array<ArrayBuffer>> {
-  const aborted = new Promise<never>((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+/** Reads the text of the inventory: that of `--config`, or the default one. */
+async function readInventory(
+  request: Pick<Invocation, "flags" | "io" | "signal">,
+): Promise<ConfigText> {
+  const { flags: { config, timeout: timeoutMs }, signal } = request;
+  if (config !== "-") {
+    return await readHostsConfig(config, { timeoutMs, signal });
+  }
+
+  const origin = "stdin";
+  const bytes = await readStdin(request);
+
+  try {
+    const text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+    return { text, origin, exists: true };
+  } catch (cause) {
+    const problem = { path: "", message: "is not UTF-8" };
+    throw new HostsConfigError(origin, [problem], { cause });
+  }
+}
+
+/** Reads stdin, which has no signal of its own and must not delay Ctrl-C. */
+async function readStdin(
+  { io, signal }: Pick<Invocation, "io" | "signal">,
+): Promise<Uint8Array<ArrayBuffer>> {
+  signal.throwIfAborted();
+
+  const aborted = new Promise<never>((_, reject) => {
+    signal.addEventListener("abort", () => reject(signal.reason));
+  });
   return await Promise.race([io.readStdin(), aborted]);
 }
 
-async function parseInventory(source: HostsConfigText): Promise<Inventory> {
+async function parseInventory(source: ConfigText): Promise<Inventory> {
   const config = parseHostsConfig(source.text, source.origin);
-  return { ...source, config, nodes: [...(await getClusterNodes(config)).values()] };
+  const nodes = await getClusterNodes(config);
+  return { ...source, config, nodes: [...nodes.values()], isFallback: false };
 }
 
-function selectionOf({ flags, words }: Pick<Call, "flags" | "words">): NodeSelection {
-  const { role: roles, gpu: gpus, status: statuses, exclude, all: includeInactive, where } = flags;
-  const names = words.length > 0 ? words : undefined;
-  return { names, roles, gpus, statuses, exclude, includeInactive, where: where && groupPairs(where) };
+/** Makes an inventory of the one node that `RINGRIFT_COORDINATOR_IP` names. */
+async function fallbackInventory(source: ConfigText): Promise<Inventory> {
+  const address = await getCoordinatorAddress();
+  if (!address) throw missingInventory();
+
+  const name = "coordinator";
+  const entry = {
+    tailscale_ip: address.hostname,
+    data_server_port: address.port,
+    role: name,
+  };
+  const config = { hosts: { [name]: entry }, elo_sync: { coordinator: name } };
+  const nodes = await getClusterNodes(config);
+  return { ...source, config, nodes: [...nodes.values()], isFallback: true };
 }
 
-function groupPairs(pairs: readonly (readonly [key: string, value: string])[]): Record<string, string[]> {
+function selectionOf(
+  { flags, words }: Pick<Invocation, "flags" | "words">,
+): NodeSelection {
+  return {
+    names: words.length > 0 ? words : undefined,
+    roles: flags.role,
+    gpus: flags.gpu,
+    statuses: flags.status,
+    exclude: flags.exclude,
+    where: flags.where && groupPairs(flags.where),
+    includeInactive: flags.all,
+  };
+}
+
+function groupPairs(
+  pairs: readonly (readonly [key: string, value: string])[],
+): Record<string, string[]> {
   const groups = Map.groupBy(pairs, ([key]) => key);
-  return Object.fromEntries([...groups].map(([key, list]) => [key, list.map(([, value]) => value)]));
+  const entries = [...groups].map(([key, group]) =>
+    [key, group.map(([, value]) => value)] as const
+  );
+  return Object.fromEntries(entries);
 }
 
+/** Options that leave nodes out. */
+const FILTERS = ["role", "gpu", "status", "where", "exclude"] as const;
+
+/** Selects the nodes that a command is about, one at least. */
 function select(call: Call): ClusterNode[] {
-  const { nodes } = call.inventory;
-  if (nodes.length === 0) throw new Error(emptyInventory(call));
-  const selected = selectNodes(nodes, selectionOf(call));
+  const { inventory: { nodes, origin, isFallback }, flags, words } = call;
+
+  const isNarrowed = words.length > 0 || FILTERS.some((name) => name in flags);
+  // The address that stands for an inventory is not the node that is asked for.
+  if (isFallback && isNarrowed) throw missingInventory();
+
+  if (nodes.length === 0) {
+    throw new Error(`No hosts in ${origin}: add them under "hosts"`);
+  }
+
+  const selected = selectNamed(call);
   if (selected.length === 0) throw new Error(emptySelection(call));
   return selected;
 }
 
-function emptyInventory({ inventory: { origin, exists } }: Call): string {
-  return exists
-    ? `No hosts in ${origin}: add them under "hosts"`
-    : `There is no ${origin} here: create it, name another with --config` + hint("RINGRIFT_HOSTS_CONFIG", " or with");
+function selectNamed(call: Call): ClusterNode[] {
+  try {
+    return selectNodes(call.inventory.nodes, selectionOf(call));
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    const message = error.message + intervalHint(call) +
+      expansionHint(call.words);
+    throw new Error(message, { cause: error });
+  }
 }
 
-/** Names a variable that would have decided, with the flag if it may not be read. */
-function hint(variable: string, words: string): string {
-  const { state } = Deno.permissions.querySync({ name: "env", variable });
-  return `${words} ${variable}${state === "granted" ? "" : ` (--allow-env=${variable} lets it be read)`}`;
+/** Returns advice to add to an error about `--watch 5`. */
+function intervalHint({ flags, words }: Call): string {
+  const time = words.find((word) => parseDuration(word) !== undefined);
+  if (!flags.watch || time === undefined) return "";
+  return `; --watch takes no value: write --watch --interval ${time}`;
 }
 
-/** Which filter left nothing, and what there was to choose from. */
-function emptySelection({ flags, words, inventory: { nodes, origin } }: Call): string {
+/**
+ * Returns advice to add to an error if the shell may have expanded a pattern.
+ */
+function expansionHint(words: readonly string[]): string {
+  const files = words.filter(existsHere);
+  if (files.length === 0) return "";
+
+  const names = files.length > 3 ? [...files.slice(0, 3), "…"] : files;
+  const exist = files.length === 1 ? "exists" : "exist";
+  return `; ${names.join(", ")} ${exist} in this folder: ` +
+    "if the shell expanded a pattern, put it in quotes: '*'";
+}
+
+/** True if there is such a file or folder, and it may be looked at. */
+function existsHere(path: string): boolean {
+  if (path === "") return false;
+  const { state } = Deno.permissions.querySync({ name: "read", path });
+  if (state !== "granted") return false;
+
+  try {
+    Deno.lstatSync(path);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Says which filter left no node, and what there was to choose from. */
+function emptySelection({ flags, words, inventory }: Call): string {
+  const { nodes, origin } = inventory;
   const head = `No node is selected in ${origin}`;
-  let left = selectNodes(nodes, selectionOf({ words, flags: { all: true } }));
-  for (const option of ["role", "gpu", "status", "where", "exclude"] as const) {
-    const next = selectNodes(left, selectionOf({ words: [], flags: { [option]: flags[option], all: true } }));
-    const given = flags[option]?.map((value) => typeof value === "string" ? value : value.join("="));
-    const key = option === "where" ? flags.where?.[0]?.[0] ?? option : option;
-    if (next.length === 0) return `${head}: --${option} ${given} leaves none of ${left.length}${choices(left, key)}`;
+
+  let applied: Flags = { all: true };
+  let left = selectNodes(nodes, selectionOf({ words, flags: applied }));
+
+  for (const { option, text, key } of filtersOf(flags)) {
+    applied = { ...applied, ...option };
+    const next = selectNodes(nodes, selectionOf({ words, flags: applied }));
+    if (next.length === 0) {
+      const choices = key ? `; ${choicesOf(key, left)}` : "";
+      return `${head}: ${text} leaves none of ${left.length}${choices}`;
+    }
     left = next;
   }
-  return `${head}: none of ${left.length} is active${choices(left, "status")}; --all adds them`;
+
+  const statuses = choicesOf("status", left);
+  const count = left.length;
+  return `${head}: none of ${count} is active; ${statuses}; --all adds them`;
 }
 
-function choices(nodes: readonly ClusterNode[], key: string): string {
-  const texts = [...new Set(nodes.flatMap(({ entry }) => entry[key] ?? []).map(String))].filter((text) => text !== "");
-  if (texts.length === 0) return key === "exclude" ? "" : `; no node sets ${key}`;
-  return `; ${key} is ${texts.length > 1 ? "one of " : ""}${texts.slice(0, 12).join(", ")}${texts[12] ? ", …" : ""}`;
+/** A filter that is explained by itself. */
+interface Filter {
+  readonly option: Flags;
+  /** The option as it was given: `--role a,b`. */
+  readonly text: string;
+  /** The key of a node that it looks at. */
+  readonly key?: string;
 }
 
-function sweepOptions({ flags, signal }: Call): SweepOptions {
-  const { timeout: timeoutMs, concurrency, port, path, tcp } = flags;
-  return { timeoutMs, concurrency, port, path, check: tcp ? "tcp" : "http", signal };
+/** Lists the filters, `--where` key by key, in the order of their explaining. */
+function filtersOf(flags: Flags): Filter[] {
+  const { role, gpu, status, where = [], exclude } = flags;
+  const filters: Filter[] = [];
+
+  if (role) {
+    filters.push({ option: { role }, text: `--role ${role}`, key: "role" });
+  }
+  if (gpu) filters.push({ option: { gpu }, text: `--gpu ${gpu}`, key: "gpu" });
+  if (status) {
+    const text = `--status ${status}`;
+    filters.push({ option: { status }, text, key: "status" });
+  }
+
+  const pairs: (readonly [string, string])[] = [];
+  for (const [key, group] of Map.groupBy(where, ([key]) => key)) {
+    pairs.push(...group);
+    const values = group.map(([, value]) => value);
+    const text = `--where ${key}=${values}`;
+    filters.push({ option: { where: [...pairs] }, text, key });
+  }
+
+  if (exclude) {
+    filters.push({ option: { exclude }, text: `--exclude ${exclude}` });
+  }
+  return filters;
 }
 
+const MAX_CHOICES = 12;
+
+/** Returns `role is one of a, b`: what nodes have at a key. */
+function choicesOf(key: string, nodes: readonly ClusterNode[]): string {
+  const isField = key === "role" || key === "gpu" || key === "status";
+  const values = nodes.flatMap((node) =>
+    isField ? node[key] : node.entry[key] ?? []
+  );
+  const texts = new Set(values.map(String).filter((text) => text !== ""));
+  if (texts.size === 0) return `no node sets ${key}`;
+
+  const shown = [...texts].slice(0, MAX_CHOICES);
+  if (texts.size > MAX_CHOICES) shown.push("…");
+  const oneOf = shown.length > 1 ? "one of " : "";
+  return `${key} is ${oneOf}${shown.join(", ")}`;
+}
+
+function sweepOptions(call: Call): SweepOptions {
+  const { timeout: timeoutMs, concurrency, port, path } = call.flags;
+  return {
+    check: checkOf(call),
+    port,
+    path,
+    timeoutMs,
+    concurrency,
+    signal: call.signal,
+  };
+}
+
+function checkOf({ flags }: Pick<Call, "flags">): "http" | "tcp" | "ssh" {
+  if (flags.ssh) return "ssh";
+  return flags.tcp ? "tcp" : "http";
+}
+
+/** Computes how many of the nodes have to be up; a percentage is rounded up. */
 function minUpOf({ flags }: Call, nodes: readonly ClusterNode[]): number {
-  const minUp = flags["min-up"]?.(nodes.length) ?? nodes.length;
-  if (minUp > nodes.length) throw new Error(`--min-up ${minUp}, but only ${nodes.length} nodes are selected`);
-  return minUp;
+  const minUp = flags["min-up"];
+  if (minUp === undefined) return nodes.length;
+
+  // Tolerates rounding: 7.000000000000001 must not become 8.
+  const count = "count" in minUp
+    ? minUp.count
+    : Math.ceil(minUp.percent * nodes.length / 100 - 1e-9);
+
+  if (count > nodes.length) {
+    const selected = nodes.length === 1
+      ? "1 node is selected"
+      : `${nodes.length} nodes are selected`;
+    throw new Error(`--min-up ${count}, but only ${selected}`);
+  }
+  return count;
 }
+
+// --- status ---
 
 const STATUS: Command = {
   name: "status",
   summary: "check the nodes in parallel, problems first",
   usage: "[NODE...] [options]",
-  options: [...SELECTION, ...SWEEP, "tcp", "path", "min-up", "only", "gather", "names", "watch", "interval", ...COMMON],
-  help: { interval: `with --watch, between checks (default: ${showDuration(DEFAULTS.watchIntervalMs)})` },
-  notes: "Exit code 0: every selected node is up, or --min-up of them; 1: they are not;\n2: a node could not be " +
-    "checked. --only does not affect that.",
-  examples: ["cluster-hosts status 'gpu-[1-8]' --role worker --watch", "cluster-hosts status --only problems --names"],
-  needs: async (call) => ({
-    net: (await statusNodes(call)).flatMap((node) => dataEndpoints(node, call.flags.port)),
-    env: call.inventory.nodes.length === 0 ? ["RINGRIFT_COORDINATOR_IP"] : [],
-  }),
-  async run(call) {
-    const { flags, io, inventory: { origin } } = call;
-    if (flags.interval && !flags.watch) throw new Error("--interval goes with --watch");
-    const nodes = await statusNodes(call);
-    const minUp = minUpOf(call, nodes);
-    if (flags.watch) return await new Watch(call, nodes).run();
-    const started = performance.now();
-    const known = new Map<ClusterNode, NodeProbe>();
-    const line = liveLine(call, () => `checked ${known.size}/${nodes.length}, ${elapsed(started)}`);
-    const onProbe = (probe: NodeProbe) => void known.set(probe.node, probe);
-    const interrupt = await interruptOf(probeNodes(nodes, { ...sweepOptions(call), onProbe }), line);
-    const probes = nodes.map((node) => known.get(node)).filter((probe) => probe !== undefined);
-    const denied = deniedMessage(probes);
-    showProbes(call, probes, nodes.length, ` in ${seconds(started)}, ${origin}`);
-    if (denied) warn(io, denied);
-    if (interrupt) warn(io, `Interrupted: ${probes.length} of ${nodes.length} nodes were checked`);
-    if (interrupt) throw interrupt;
-    const { up, unknown } = countStates(probes);
-    return up >= minUp ? 0 : unknown > 0 ? 2 : 1;
+  options: [
+    ...SELECTION,
+    ...SWEEP,
+    "tcp",
+    "ssh",
+    "path",
+    "min-up",
+    "only",
+    "show",
+    "gather",
+    "names",
+    "watch",
+    "interval",
+    ...COMMON,
+  ],
+  help: {
+    interval: "with --watch, between two checks of a node\n" +
+      `(default: ${typedDuration(DEFAULTS.watchIntervalMs)})`,
+    quiet: "print only problems, and nothing if all is well",
   },
+  notes:
+    "Exit code 0: every selected node is up, or --min-up of them; 1: they are not;\n" +
+    "2: a node could not be checked. What is shown does not affect it.",
+  examples: [
+    "cluster-hosts status 'gpu-[1-8]' --role worker --watch",
+    "cluster-hosts status --only problems --names",
+    "cluster-hosts status --show db_hash,queue.length",
+  ],
+  takesNodes: true,
+  inventory: "fallback",
+  check({ flags }) {
+    const isLost = flags.interval !== undefined && !flags.watch;
+    return isLost ? "--interval goes with --watch" : undefined;
+  },
+  run: runStatus,
+  needs: checkNeeds,
 };
 
-/** The nodes to check. Without an inventory, the one address that the environment names. */
-async function statusNodes(call: Call): Promise<ClusterNode[]> {
-  const { inventory: { nodes, config }, words } = call;
-  if (nodes.length > 0 || words.length > 0) return select(call);
-  const address = await getCoordinatorAddress(config);
-  if (!address) throw new Error(emptyInventory(call) + hint("RINGRIFT_COORDINATOR_IP", ", or set"));
-  const { coordinator: name } = await getEloSyncConfig(config);
-  const { hostname: tailscaleIp, port: dataServerPort } = address;
-  return [new ClusterNode({ name, role: "coordinator", tailscaleIp, dataServerPort })];
-}
+async function runStatus(call: Call): Promise<number> {
+  const { io, flags } = call;
+  const nodes = select(call);
+  const minUp = minUpOf(call, nodes);
+  if (flags.watch) return await new Watch(call, nodes).run();
 
-/** The signal that ended the work: what is known by then is shown before the command ends. */
-async function interruptOf(work: Promise<unknown>, line?: Disposable): Promise<Interrupt | undefined> {
-  using _line = line;
-  try {
-    await work;
-  } catch (error) {
-    if (error instanceof Interrupt) return error;
-    throw error;
+  const startedMs = performance.now();
+  const { probes, interrupt } = await checkOnce(call, nodes);
+
+  const denied = deniedMessage(probes);
+  const isEachDenied = probes.every(isDenied);
+  if (denied && isEachDenied) throw new Error(denied);
+
+  const isEnough = countStates(probes).up >= minUp;
+  const isWell = isEnough && !interrupt;
+  const isSilent = flags.quiet === true && isWell;
+  await printSweep(call, { probes, total: nodes.length, startedMs, isSilent });
+  if (denied && !isSilent) await warn(io, denied);
+
+  if (interrupt) {
+    const checked = `${probes.length} of ${nodes.length} nodes`;
+    await warn(io, `Interrupted: ${checked} were checked`);
+    throw interrupt;
   }
+  return exitCodeOf(probes, isEnough);
 }
 
-/** Which flag lets every node be checked. Throws if none of them may be. */
+/** Checks the nodes; an interrupt leaves those that are known by then. */
+async function checkOnce(
+  call: Call,
+  nodes: readonly ClusterNode[],
+): Promise<{ probes: NodeProbe[]; interrupt: Interrupt | undefined }> {
+  const startedMs = performance.now();
+  const known = new Map<ClusterNode, NodeProbe>();
+  using _line = liveLine(
+    call,
+    () => `checked ${known.size}/${nodes.length}, ${elapsed(startedMs)}`,
+  );
+
+  const onProbe = (probe: NodeProbe) => {
+    known.set(probe.node, probe);
+  };
+  const work = probeNodes(nodes, { ...sweepOptions(call), onProbe });
+  const interrupt = await untilInterrupted(work);
+
+  return { probes: nodes.flatMap((node) => known.get(node) ?? []), interrupt };
+}
+
+/** Returns what `status` and `wait` contact and read. */
+function checkNeeds(call: Call): Needs {
+  const { check, port } = sweepOptions(call);
+  const nodes = select(call);
+  const net = nodes.flatMap((node) => checkedEndpoints(node, { check, port }));
+  const env = call.inventory.isFallback ? ["RINGRIFT_COORDINATOR_IP"] : [];
+  return { net, env };
+}
+
+/** Names the flag that would let every node be checked. */
 function deniedMessage(probes: readonly NodeProbe[]): string | undefined {
   const flag = missingNetFlag(probes);
-  const message = flag && `Requires net access: run again with ${flag}`;
-  if (message && probes.every(({ failure }) => failure?.code === "denied")) throw new Error(message);
-  return message;
+  return flag && notCapable("net access", flag).message;
 }
 
-function showProbes(call: Call, probes: readonly NodeProbe[], total: number, about: string): void {
-  const { flags, io } = call;
-  const shown = probes.filter(({ state }) => flags.only?.includes(state) ?? true);
-  const summary = summaryOf(probes, total) + about;
+function isDenied({ failure }: NodeProbe): boolean {
+  return failure?.code === "denied";
+}
+
+function isProblem({ state }: NodeProbe): boolean {
+  return state !== "up";
+}
+
+/** True if the probe is one of those that `--only` asks for. */
+function isShown({ only }: Flags, { state }: NodeProbe): boolean {
+  return only === undefined || only.includes(state);
+}
+
+function exitCodeOf(probes: readonly NodeProbe[], isEnough: boolean): number {
+  if (isEnough) return 0;
+  return countStates(probes).unknown > 0 ? 2 : 1;
+}
+
+/** What one sweep found out, also if it was interrupted. */
+interface Sweep {
+  readonly probes: readonly NodeProbe[];
+  readonly total: number;
+  readonly startedMs: number;
+  /** True if all is well, and `--quiet` is given. */
+  readonly isSilent: boolean;
+}
+
+async function printSweep(call: Call, sweep: Sweep): Promise<void> {
+  const { io, flags } = call;
+  const { probes, total } = sweep;
+  const shown = probes.filter((probe) => isShown(flags, probe));
+
   if (flags.json) {
-    const counts = { total, checked: probes.length, ...countStates(probes) };
-    const head = { checkedAt: new Date().toISOString(), summary: counts };
-    io.out(jsonDocument(call, head, "nodes", shown.map(probeJson)));
-  } else if (flags.names) {
-    io.out(linesOf(shown.map(({ node }) => node.name)));
-    if (!flags.quiet) warn(io, summary);
-  } else {
-    const sorted = problemsFirst(flags.quiet && !flags.gather ? [] : shown);
-    if (flags.gather) io.out(table(io, ["NODES", "STATE", "REASON", "NAMES"], [], outcomeRows(sorted)));
-    else if (sorted.length > 0) io.out(table(io, STATUS_TITLES, STATUS_DROP, sorted.map(statusRow)));
-    if (probes.length > 0 && !flags.quiet) io.out(`${sorted.length > 0 ? "\n" : ""}${paragraph(io, summary)}`);
+    const summary = { total, checked: probes.length, ...countStates(probes) };
+    const head = { checkedAt: new Date().toISOString(), summary };
+    const items = shown.map(probeJson);
+    await io.out(jsonDocument(call, { head, key: "nodes", items }));
+    return;
+  }
+
+  if (flags.names) {
+    await io.out(linesOf(shown.map(({ node }) => node.name)));
+  } else if (!sweep.isSilent) {
+    await io.out(sweepTable(call, shown));
+  }
+
+  if (!flags.quiet && probes.length > 0) {
+    await printSummary(io, sweepSummary(call, sweep));
   }
 }
 
+/** Draws the table, or nothing where it would have no row. */
+function sweepTable(call: Call, shown: readonly NodeProbe[]): string {
+  const { io, flags } = call;
+  const asked = flags.quiet ? shown.filter(isProblem) : shown;
+  if (asked.length === 0) return "";
+
+  const sorted = problemsFirst(asked);
+  if (flags.gather) return outcomeTable(io, sorted);
+
+  const rows = sorted.map((probe) => statusRow(call, probe));
+  return table(statusColumns(flags), rows, { io });
+}
+
+/** Prints what a table comes to, on a terminal a line apart from it. */
+async function printSummary(io: Io, lines: readonly string[]): Promise<void> {
+  const isBelow = io.isTerminal && io.isErrTerminal;
+  if (isBelow) await io.err("\n");
+  await warn(io, lines.join("\n"));
+}
+
+function sweepSummary(call: Call, sweep: Sweep): string[] {
+  const { origin, isFallback } = call.inventory;
+  const counts = summaryOf(sweep.probes, sweep.total);
+  const lines = [`${counts} in ${seconds(sweep.startedMs)}, ${origin}`];
+
+  if (isFallback) {
+    lines.push(
+      "RINGRIFT_COORDINATOR_IP stands for an inventory that is not there",
+    );
+  }
+  const shared = sharedNote(call, sweep.probes);
+  if (shared) lines.push(shared);
+  return lines;
+}
+
+/** Names the nodes that are up by an answer that may be another node's. */
+function sharedNote(
+  call: Call,
+  probes: readonly NodeProbe[],
+): string | undefined {
+  const { check, port } = sweepOptions(call);
+  if (check === "ssh") return undefined;
+
+  const shared = sharedEndpoints(call.inventory.nodes, port);
+  const names: string[] = [];
+  for (const { node, state, endpoint } of probes) {
+    const isShared = endpoint && shared.has(endpointUrl(endpoint));
+    if (state === "up" && isShared) names.push(node.name);
+  }
+  if (names.length === 0) return undefined;
+
+  return `Up by a shared answer: ${foldNames(names)} ` +
+    "(validate says where; --ssh checks each node itself)";
+}
+
+/** Returns the probes state by state, each in the order of the inventory. */
 function problemsFirst(probes: readonly NodeProbe[]): NodeProbe[] {
-  return STATES.flatMap((state) => probes.filter((probe) => probe.state === state));
+  return STATES.flatMap((state) => probes.filter((it) => it.state === state));
 }
 
 function countStates(probes: readonly NodeProbe[]): Record<NodeState, number> {
@@ -586,815 +1465,2918 @@ function countStates(probes: readonly NodeProbe[]): Record<NodeState, number> {
   return counts;
 }
 
-/** `7 of 9 nodes up, 2 down (1 refused, 1 timeout)` */
+/** Returns `7 of 9 nodes up, 2 down (1 refused, 1 timeout)`. */
 function summaryOf(probes: readonly NodeProbe[], total: number): string {
-  const problems = STATES.slice(0, -1).map((state) => probes.filter((probe) => probe.state === state));
-  return [
-    `${countStates(probes).up} of ${total} nodes up`,
-    ...problems.flatMap((some) => some[0] ? `${some.length} ${some[0].state} (${countReasons(some)})` : []),
-    ...(total > probes.length ? [`${total - probes.length} not checked`] : []),
-  ].join(", ");
+  const groups = Map.groupBy(problemsFirst(probes), ({ state }) => state);
+  const parts = [`${groups.get("up")?.length ?? 0} of ${total} nodes up`];
+  groups.delete("up");
+
+  for (const [state, group] of groups) {
+    parts.push(`${group.length} ${state} (${countReasons(group)})`);
+  }
+
+  const unchecked = total - probes.length;
+  if (unchecked > 0) parts.push(`${unchecked} not checked`);
+  return parts.join(", ");
 }
 
+/** Returns `1 refused, 2 timeout`. */
 function countReasons(probes: readonly NodeProbe[]): string {
   const groups = Map.groupBy(probes, ({ failure }) => failure?.code ?? "other");
-  return [...groups].map(([code, { length }]) => `${length} ${code}`).join(", ");
+  const counts = [...groups].map(([code, { length }]) => `${length} ${code}`);
+  return counts.join(", ");
 }
 
-function probeJson(probe: NodeProbe) {
-  // What is not known is null, so that every node has the same keys.
-  const { node, state, address = null, port, connectMs, responseMs, status = null, failure = null } = probe;
-  const { name, role, gpu } = node;
-  const ms = (value: number | undefined) => value === undefined ? null : Number(value.toFixed(2));
-  const times = { connectMs: ms(connectMs), responseMs: ms(responseMs) };
-  return { name, role, gpu, state, address, port, ...times, status, failure };
+/** Returns the same keys for every node: null is what is not known. */
+function probeJson(probe: NodeProbe): Record<string, unknown> {
+  const { node: { name, role, gpu }, state, port } = probe;
+  return {
+    name,
+    role,
+    gpu,
+    state,
+    address: probe.address ?? null,
+    port,
+    connectMs: roundMs(probe.connectMs),
+    responseMs: roundMs(probe.responseMs),
+    status: probe.status ?? null,
+    failure: probe.failure ?? null,
+  };
 }
 
-const STATUS_TITLES = ["NAME", "ROLE", "GPU", "ADDRESS", "LATENCY", "STATE", "VERSION", "GAMES", "REASON"];
-const STATUS_DROP = ["GAMES", "VERSION", "GPU", "ROLE", "ADDRESS", "LATENCY"];
-const STATE_COLOURS: Readonly<Record<NodeState, number>> = { up: 32, unhealthy: 33, down: 31, unknown: 35 };
+function roundMs(ms: number | undefined): number | null {
+  return ms === undefined ? null : Number(ms.toFixed(2));
+}
 
-function statusRow(probe: NodeProbe): Cell[] {
-  const { node: { name, role, gpu }, state, address, connectMs, responseMs, status, failure, endpoints } = probe;
-  const { host, port } = probe.endpoint ?? endpoints[0] ?? { host: "", port: 0 };
+const STATE_COLOURS: Readonly<Record<NodeState, number>> = {
+  up: 32,
+  unhealthy: 33,
+  down: 31,
+  unknown: 35,
+};
+const FAINT = 2;
+const RED = 31;
+
+/** The answer's keys that are shown unless `--show` names others. */
+const SHOWN_KEYS = ["version", "game_count"];
+
+/** How much of a value is shown: one answer must not widen every row. */
+const VALUE_WIDTH = { terminal: 20, pipe: 80 };
+
+/** How much of a value is looked at; an answer may be long. */
+const VALUE_LENGTH = 100;
+
+function statusColumns(flags: Flags): Column[] {
+  return [
+    { title: "NAME", least: 10 },
+    { title: "ROLE", drop: 4 },
+    { title: "GPU", drop: 3 },
+    { title: "ADDRESS", drop: 5 },
+    { title: "LATENCY", drop: 6, align: "right" },
+    { title: "STATE" },
+    ...answerColumns(flags),
+    { title: "REASON", least: 12, dropsIfEmpty: true },
+  ];
+}
+
+function answerColumns({ show }: Flags): Column[] {
+  if (!show) {
+    return [
+      { title: "VERSION", drop: 2 },
+      { title: "GAMES", drop: 1, align: "right" },
+    ];
+  }
+
+  return show.map((key, index) => ({
+    title: key.toUpperCase(),
+    least: 8,
+    isAsked: true,
+    // The last key goes first.
+    drop: -index,
+  }));
+}
+
+function statusRow({ io, flags }: Call, probe: NodeProbe): Cell[] {
+  const { node, state, status, failure } = probe;
+  const keys = flags.show ?? SHOWN_KEYS;
+  const width = io.isTerminal ? VALUE_WIDTH.terminal : VALUE_WIDTH.pipe;
+  return [
+    node.name,
+    node.role,
+    node.gpu || "-",
+    placeCell(probe),
+    latencyOf(probe),
+    stateCell(state),
+    ...keys.map((key) => clip(answerText(status, key), width)),
+    reasonOf(failure),
+  ];
+}
+
+/** Shows the endpoint that answered, else faintly the first that was tried. */
+function placeCell({ endpoint, endpoints, address }: NodeProbe): Cell {
+  const place = endpoint ?? endpoints[0];
+  if (!place) return "-";
+
+  const text = hostPort(place.host, place.port);
+  return address ? text : { text, colour: FAINT };
+}
+
+function stateCell(state: NodeState): Cell {
+  return { text: state, colour: STATE_COLOURS[state] };
+}
+
+function latencyOf({ connectMs, responseMs, failure }: NodeProbe): string {
+  // Without an answer, the time to connect says nothing about the node.
   const ms = responseMs ?? (failure ? undefined : connectMs);
-  const latency = ms === undefined ? "-" : `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
-  const scalar = (value: unknown) => /^(string|number)$/.test(typeof value) ? String(value).slice(0, 40) : "-";
-  const place: Cell = [host ? hostPort(host, port) : "-", address ? 0 : 2];
-  const facts = [scalar(status?.version), scalar(status?.game_count), reasonOf(failure)];
-  return [name, role, gpu || "-", place, latency, [state, STATE_COLOURS[state]], ...facts];
+  if (ms === undefined) return "-";
+  return `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
 }
 
-function reasonOf(failure: { readonly code: string; readonly message: string } | undefined): string {
-  return failure ? `${failure.code}: ${failure.message}` : "";
+/** Returns what a node's answer says at a key, such as `queue.length`. */
+function answerText(status: NodeProbe["status"], key: string): string {
+  const value = valueAt(status, key.split("."));
+  if (value === undefined || value === null || value === "") return "-";
+
+  const text = typeof value === "string" ? value : toJson(value);
+  return text.slice(0, VALUE_LENGTH);
 }
 
-function outcomeRows(probes: readonly NodeProbe[]): Cell[][] {
-  const groups = Map.groupBy(probes, ({ state, failure }) => `${state} ${reasonOf(failure)}`);
+function valueAt(document: unknown, path: readonly string[]): unknown {
+  let value = document;
+  for (const key of path) {
+    if (typeof value !== "object" || value === null) return undefined;
+    if (!Object.hasOwn(value, key)) return undefined;
+    value = (value as Record<string, unknown>)[key];
+  }
+  return value;
+}
+
+/** The nodes of one state that failed, or did not, for one reason. */
+interface Outcome {
+  readonly cells: readonly Cell[];
+  readonly names: string;
+}
+
+const OUTCOME_COLUMNS: readonly Column[] = [
+  { title: "NODES", align: "right" },
+  { title: "STATE" },
+  { title: "REASON", least: 14 },
+];
+
+/** The least that the columns before NAMES need, with the gaps. */
+const OUTCOME_WIDTH = 36;
+
+/** Draws one row per outcome. Names are never cut: a NODE takes them back. */
+function outcomeTable(io: Io, probes: readonly NodeProbe[]): string {
+  const outcomes = gatherOutcomes(probes);
+  const widths = outcomes.map(({ names }) => textWidth(escapeText(names)));
+  const needed = OUTCOME_WIDTH + Math.max(...widths);
+
+  const isNarrow = io.isTerminal && needed > io.size().columns;
+  if (isNarrow) return tableWithNamesBelow(io, outcomes);
+
+  const columns = [...OUTCOME_COLUMNS, { title: "NAMES" }];
+  const rows = outcomes.map(({ cells, names }) => [...cells, names]);
+  return table(columns, rows, { io });
+}
+
+function gatherOutcomes(probes: readonly NodeProbe[]): Outcome[] {
+  const groups = Map.groupBy(
+    probes,
+    ({ state, failure }) => `${state} ${reasonOf(failure)}`,
+  );
+
   return [...groups.values()].map((group) => {
     const { state, failure } = group[0]!;
-    const names = foldNames(group.map(({ node }) => node.name));
-    return [String(group.length), [state, STATE_COLOURS[state]], reasonOf(failure) || "-", names];
+    const count = String(group.length);
+    const cells = [count, stateCell(state), reasonOf(failure) || "-"];
+    return { cells, names: foldNodes(group.map(nodeOf)) };
   });
 }
 
-/** Checks again and again, and follows the inventory as it is edited: a table in place, in a pipe the changes alone. */
+/** Puts the names below their row, unbroken so that they can be copied. */
+function tableWithNamesBelow(io: Io, outcomes: readonly Outcome[]): string {
+  const rows = outcomes.map(({ cells }) => cells);
+  const [header, ...lines] = table(OUTCOME_COLUMNS, rows, { io }).split("\n");
+  const indent = " ".repeat("NODES  ".length);
+
+  let text = `${header}\n`;
+  for (const [index, { names }] of outcomes.entries()) {
+    text += `${lines[index]}\n${indent}${escapeText(names)}\n`;
+  }
+  return text;
+}
+
+// --- status --watch ---
+
+/** One node that is in another state than before, or no longer watched. */
+interface Change {
+  readonly probe: NodeProbe;
+  readonly previous: NodeState | undefined;
+  readonly state: NodeState | "removed" | "inactive";
+}
+
+/** The last answer of a node, and since when it has been in that state. */
+interface Seen {
+  readonly probe: NodeProbe;
+  readonly sinceMs: number;
+}
+
+const REDRAW_MS = 200;
+
+/**
+ * Checks again and again, and follows the inventory as it is edited.
+ *
+ * A terminal shows one table that is redrawn in place; a pipe gets the changes
+ * alone.
+ */
 class Watch {
-  readonly seen = new Map<string, { readonly probe: NodeProbe; readonly sinceMs: number }>();
-  trouble: string | undefined;
-  /** Changes that are not printed yet: none is before a node is known that may be checked. */
-  changes: (() => void)[] = [];
-  mayCheck = false;
+  readonly #call: Call;
+  readonly #intervalMs: number;
+  readonly #isLive: boolean;
+  readonly #seen = new Map<string, Seen>();
+  #nodes: readonly ClusterNode[];
+  #inventory: Inventory;
+  /** What is wrong with the edited inventory; the last valid one is in use. */
+  #trouble: string | undefined;
+  /**
+   * True once a check was not denied. Nothing is printed before, so that a
+   * missing flag is one error.
+   */
+  #isPermitted = false;
+  #changes: Change[] = [];
 
-  constructor(
-    readonly call: Call,
-    public nodes: readonly ClusterNode[],
-    public inventory: Inventory = call.inventory,
-    readonly intervalMs: number = call.flags.interval ?? DEFAULTS.watchIntervalMs,
-    readonly isLive = call.io.isTerminal && call.io.hasCursor && !call.flags.json && !call.flags.quiet,
-  ) {}
+  constructor(call: Call, nodes: readonly ClusterNode[]) {
+    const { io, flags } = call;
+    this.#call = call;
+    this.#nodes = nodes;
+    this.#inventory = call.inventory;
+    this.#intervalMs = flags.interval ?? DEFAULTS.watchIntervalMs;
+    this.#isLive = io.isTerminal && io.hasCursor && !flags.json && !flags.quiet;
+  }
 
+  /** Watches until a signal ends it, and throws that signal's reason. */
   async run(): Promise<never> {
-    const { call: { signal, io }, intervalMs } = this;
-    const timer = this.isLive ? setInterval(() => this.#draw(), 200) : undefined;
-    const over = new AbortController();
+    const { io, signal } = this.#call;
+    const failed = new AbortController();
+    const over = AbortSignal.any([signal, failed.signal]);
+
     try {
-      while (!signal.aborted) {
-        const edited = new AbortController();
-        const either = AbortSignal.any([signal, edited.signal, over.signal]);
-        const reading = this.#readUntilEdited(either).finally(() => edited.abort());
-        const options = { ...sweepOptions(this.call), intervalMs, signal: either };
-        for await (const probe of watchNodes(this.nodes, options)) this.#note(probe);
-        const next = await reading;
-        if (next !== this.inventory) this.#follow(next);
-      }
+      await Promise.all([this.#watch(over), this.#redraw(over)]);
     } finally {
-      clearInterval(timer);
-      over.abort();
+      // Where one of the two throws, the other has to end, too.
+      failed.abort();
       // Below the ^C that the terminal writes.
-      if (this.isLive) io.out("\n");
+      if (this.#isLive) await io.out("\n");
     }
     throw signal.reason;
   }
 
-  /** The inventory when it is another one, and sound; or as it is when the signal aborts. */
-  async #readUntilEdited(signal: AbortSignal): Promise<Inventory> {
-    for (;;) {
-      await delay(this.intervalMs, { signal }).catch(() => {});
-      if (signal.aborted) return this.inventory;
-      // What stdin gave does not change.
-      if (this.call.flags.config === "-") continue;
-      try {
-        const source = await readInventory({ ...this.call, signal });
-        if (source.text !== this.inventory.text) return await parseInventory(source);
-        this.trouble = undefined;
-      } catch (error) {
-        // A broken edit must not end a watch: the last sound inventory stays, and the fault is told once.
-        const message = messageOf(error);
-        if (!signal.aborted && message !== this.trouble && !this.isLive) warn(this.call.io, message);
-        this.trouble = message;
-      }
+  /** Checks the nodes of one inventory after the other. */
+  async #watch(signal: AbortSignal): Promise<void> {
+    while (!signal.aborted) {
+      // An edit ends the round, and with it the checks of the old nodes.
+      const edited = new AbortController();
+      const roundOver = AbortSignal.any([signal, edited.signal]);
+      const edit = this.#nextInventory(roundOver)
+        .finally(() => edited.abort());
+
+      const [next] = await Promise.all([edit, this.#checkNodes(roundOver)]);
+      if (next) await this.#follow(next);
     }
   }
 
-  /** Goes on with the nodes of the edited inventory, and says which have left. */
-  #follow(inventory: Inventory): void {
-    const { nodes } = this.inventory = inventory;
-    const watched = new Set(this.nodes.map(nameOf));
+  async #checkNodes(signal: AbortSignal): Promise<void> {
+    const intervalMs = this.#intervalMs;
+    const options = { ...sweepOptions(this.#call), intervalMs, signal };
+
+    for await (const probe of watchNodes(this.#nodes, options)) {
+      await this.#note(probe);
+    }
+  }
+
+  /** Waits for another inventory that is valid. */
+  async #nextInventory(signal: AbortSignal): Promise<Inventory | undefined> {
+    while (await pause(this.#intervalMs, signal)) {
+      const next = await this.#readAgain(signal);
+      if (next) return next;
+    }
+  }
+
+  /** Reads the inventory; `undefined` if it is the same, or not valid. */
+  async #readAgain(signal: AbortSignal): Promise<Inventory | undefined> {
+    const { text, exists, origin } = this.#inventory;
+    // stdin was read to its end.
+    if (this.#call.flags.config === "-") return undefined;
+
     try {
-      this.nodes = selectNodes(nodes, selectionOf(this.call));
+      const source = await readInventory({ ...this.#call, signal });
+      const isSame = source.text === text && source.exists === exists;
+      if (isSame) {
+        this.#trouble = undefined;
+        return undefined;
+      }
+
+      const next = await parseInventory(source);
+      if (next.nodes.length > 0) return next;
+
+      const fault = source.exists ? "has no hosts" : "is not there";
+      await this.#keep(`${origin} ${fault}`);
+    } catch (error) {
+      if (!signal.aborted) await this.#keep(messageOf(error));
+    }
+    return undefined;
+  }
+
+  /** Goes on with the last valid inventory, and says so once. */
+  async #keep(trouble: string): Promise<void> {
+    const isNew = trouble !== this.#trouble;
+    this.#trouble = trouble;
+
+    if (isNew && !this.#isLive) {
+      const kept = "the last sound inventory stays in force";
+      await warn(this.#call.io, `${trouble}; ${kept}`);
+    }
+  }
+
+  /** Goes on with the nodes of an edited inventory. */
+  async #follow(inventory: Inventory): Promise<void> {
+    const before = this.#nodes;
+    this.#inventory = inventory;
+    this.#trouble = undefined;
+    this.#nodes = this.#selectAgain(inventory.nodes);
+
+    const names = new Set(this.#nodes.map(nameOf));
+    const gone = before.filter(({ name }) => !names.has(name));
+    for (const { name } of gone) this.#forget(name);
+    await this.#printChanges();
+  }
+
+  #selectAgain(nodes: readonly ClusterNode[]): readonly ClusterNode[] {
+    try {
+      return selectNodes(nodes, selectionOf(this.#call));
     } catch (error) {
       if (!(error instanceof RangeError)) throw error;
-      // A pattern matches nothing any more: the nodes that are left stay.
-      this.nodes = nodes.filter(({ name }) => watched.has(name));
+
+      // A pattern matches nothing any more: those that are left stay.
+      const watched = new Set(this.#nodes.map(nameOf));
+      return nodes.filter(({ name }) => watched.has(name));
     }
-    for (const name of watched.difference(new Set(this.nodes.map(nameOf)))) {
-      const probe = this.seen.get(name)?.probe;
-      this.seen.delete(name);
-      const state = nodes.some((node) => node.name === name && !node.isActive) ? "inactive" : "removed";
-      if (probe) this.#print(probe.state, { ...probe, failure: undefined }, state);
-    }
-    this.trouble = undefined;
   }
 
-  #note(probe: NodeProbe): void {
-    const { node: { name }, state, failure } = probe;
-    const seen = this.seen.get(name);
-    const hasChanged = seen?.probe.state !== state;
-    this.seen.set(name, { probe, sinceMs: hasChanged ? performance.now() : seen!.sinceMs });
-    if (hasChanged) this.changes.push(() => this.#print(seen?.probe.state, probe, state));
-    this.mayCheck ||= failure?.code !== "denied";
-    if (this.mayCheck) this.changes.splice(0).forEach((print) => print());
-    else if (this.seen.size >= this.nodes.length) deniedMessage([...this.seen.values()].map(({ probe }) => probe));
+  /** Ends what is known of a node that is no longer watched. */
+  #forget(name: string): void {
+    const seen = this.#seen.get(name);
+    if (!seen) return;
+
+    const isInactive = this.#inventory.nodes.some((node) =>
+      node.name === name && !node.isActive
+    );
+    this.#seen.delete(name);
+    this.#changes.push({
+      probe: { ...seen.probe, failure: undefined },
+      previous: seen.probe.state,
+      state: isInactive ? "inactive" : "removed",
+    });
   }
 
-  #print(previous: NodeState | undefined, probe: NodeProbe, state: string): void {
-    const { io, flags: { only, json, quiet } } = this.call;
-    if (this.isLive || (quiet && !json) || (only && !only.some((it) => it === state || it === previous))) return;
+  /** Notes an answer, and prints it if the node's state is another one. */
+  async #note(probe: NodeProbe): Promise<void> {
+    const { node: { name }, state } = probe;
+    const seen = this.#seen.get(name);
+
+    if (seen?.probe.state === state) {
+      this.#seen.set(name, { ...seen, probe });
+    } else {
+      this.#seen.set(name, { probe, sinceMs: performance.now() });
+      this.#changes.push({ probe, previous: seen?.probe.state, state });
+    }
+
+    this.#isPermitted ||= !isDenied(probe);
+    if (!this.#isPermitted) this.#requirePermission();
+    await this.#printChanges();
+  }
+
+  /** Throws when every node is known, and none may be checked. */
+  #requirePermission(): void {
+    if (this.#seen.size < this.#nodes.length) return;
+
+    const probes = [...this.#seen.values()].map(({ probe }) => probe);
+    throw new Error(deniedMessage(probes));
+  }
+
+  async #printChanges(): Promise<void> {
+    if (!this.#isPermitted) return;
+
+    const changes = this.#changes;
+    this.#changes = [];
+    if (this.#isLive) return;
+
+    for (const change of changes) {
+      if (this.#isAskedFor(change)) await this.#print(change);
+    }
+  }
+
+  #isAskedFor({ previous, state }: Change): boolean {
+    const { only, quiet, json } = this.#call.flags;
+    const states: readonly unknown[] = [previous, state];
+
+    if (only && !only.some((it) => states.includes(it))) return false;
+    if (!quiet || json) return true;
+    return STATES.some((it) => it !== "up" && states.includes(it));
+  }
+
+  async #print({ probe, previous, state }: Change): Promise<void> {
+    const { io, flags } = this.#call;
     const time = new Date().toISOString();
-    const why = probe.failure ? ` (${reasonOf(probe.failure)})` : "";
-    const change = `${probe.node.name}: ${previous ? `${previous} -> ` : ""}${state}${why}`;
-    const document = { ...jsonHead(this.call), time, previous: previous ?? null, ...probeJson(probe), state };
-    io.out(json ? `${toJson(document)}\n` : `${time} ${escapeText(change)}\n`);
+
+    if (flags.json) {
+      const head = {
+        ...jsonHead(this.#call),
+        time,
+        previous: previous ?? null,
+      };
+      await io.out(`${toJson({ ...head, ...probeJson(probe), state })}\n`);
+      return;
+    }
+
+    const reason = reasonOf(probe.failure);
+    const from = previous ? `${previous} -> ` : "";
+    const why = reason ? ` (${reason})` : "";
+    const text = `${probe.node.name}: ${from}${state}${why}`;
+    await io.out(`${time} ${escapeText(text)}\n`);
   }
 
-  #draw(): void {
-    const { io, flags: { only }, inventory: { origin } } = this.call;
-    const rows = io.size().rows;
-    // The end of a full line would be erased with what stands behind it.
-    const columns = io.size().columns - 1;
-    const probes = this.nodes.flatMap(({ name }) => this.seen.get(name)?.probe ?? []);
-    const summary = `${new Date().toTimeString().slice(0, 8)}  ${summaryOf(probes, this.nodes.length)}`;
-    const about = `every ${showDuration(this.intervalMs)}, Ctrl-C ends, ${origin}`;
-    const head = [[0, summary], [2, about], [31, this.trouble?.split("\n")[0]]] as const;
-    const lines = head.flatMap(([colour, text]) => text ? paint(io, colour, clip(escapeText(text), columns)) : []);
-    const shown = problemsFirst(probes).filter(({ state }) => only?.includes(state) ?? true);
-    // Less the header of the table, and the line in which the cursor stands.
-    const room = Math.max(1, rows - lines.length - 2);
-    const [fitting, rest] = [shown.slice(0, room - 1), shown.slice(room - 1)];
-    if (rest.length === 1) fitting.push(...rest.splice(0));
-    const since = ({ node }: NodeProbe) => elapsed(this.seen.get(node.name)!.sinceMs);
-    const drawn = fitting.map((probe): Cell[] => [since(probe), ...statusRow(probe)]);
-    const narrow = { ...io, size: () => ({ rows, columns }) };
-    lines.push(table(narrow, ["SINCE", ...STATUS_TITLES], [...STATUS_DROP, "SINCE"], drawn).trimEnd());
-    const counts = Object.entries(countStates(rest)).filter(([, number]) => number > 0);
-    const more = counts.map(([state, number]) => `${number} ${state}`).join(", ");
-    if (rest.length > 0) lines.push(clip(`… ${rest.length} more: ${more}`, columns));
-    // Line by line over the old picture, since clearing the screen first would flicker.
-    io.out(`\x1b[?7l\x1b[H${lines.join("\n").replaceAll("\n", "\x1b[K\n")}\x1b[K\n\x1b[J\x1b[?7h`);
+  async #redraw(signal: AbortSignal): Promise<void> {
+    if (!this.#isLive) return;
+
+    while (await pause(REDRAW_MS, signal)) {
+      await this.#call.io.out(this.#frame());
+    }
+  }
+
+  #frame(): string {
+    const { rows, columns } = this.#call.io.size();
+    // The end of a full line would be erased with what follows it.
+    const width = columns - 1;
+    const probes = this.#nodes.flatMap(({ name }) =>
+      this.#seen.get(name)?.probe ?? []
+    );
+
+    const head = this.#head(probes, width);
+    // Less the titles of the table, and the line in which the cursor stands.
+    const room = Math.max(1, rows - head.length - 2);
+    const body = this.#body(probes, { width, room });
+    return drawInPlace([...head, ...body].join("\n"));
+  }
+
+  /** Returns the lines above the table. */
+  #head(probes: readonly NodeProbe[], width: number): string[] {
+    const clock = new Date().toTimeString().slice(0, 8);
+    const counts = summaryOf(probes, this.#nodes.length);
+    const interval = typedDuration(this.#intervalMs);
+    const about = `every ${interval}, Ctrl-C ends, ${this.#sourceText()}`;
+
+    const line = (text: string, colour = 0) =>
+      paint(this.#call.io, colour, clip(escapeText(text), width));
+    const lines = [line(`${clock}  ${counts}`), line(about, FAINT)];
+
+    if (this.#trouble) {
+      const [first = ""] = this.#trouble.split("\n");
+      lines.push(line(first, RED));
+    }
+    return lines;
+  }
+
+  #sourceText(): string {
+    const { origin, isFallback } = this.#inventory;
+    if (isFallback) return "RINGRIFT_COORDINATOR_IP";
+    return this.#trouble ? `the last sound ${origin}` : origin;
+  }
+
+  /** Returns the table, problems first, and what there is no room for. */
+  #body(
+    probes: readonly NodeProbe[],
+    { width, room }: { readonly width: number; readonly room: number },
+  ): string[] {
+    const { io, flags } = this.#call;
+    const asked = probes.filter((probe) => isShown(flags, probe));
+    const sorted = problemsFirst(asked);
+    const isFitting = sorted.length <= room;
+    const fitting = isFitting ? sorted : sorted.slice(0, room - 1);
+    const rest = sorted.slice(fitting.length);
+
+    const since: Column = { title: "SINCE", align: "right", drop: 7 };
+    const columns = [since, ...statusColumns(flags)];
+    const rows = fitting.map((probe) => [
+      this.#sinceText(probe),
+      ...statusRow(this.#call, probe),
+    ]);
+
+    const lines = [table(columns, rows, { io, width }).trimEnd()];
+    if (rest.length > 0) {
+      const more = `… ${rest.length} more: ${listStates(rest)}`;
+      lines.push(clip(more, width));
+    }
+    return lines;
+  }
+
+  #sinceText({ node }: NodeProbe): string {
+    const { sinceMs } = this.#seen.get(node.name)!;
+    return elapsed(sinceMs);
   }
 }
+
+/** Waits, and returns whether the signal let it. */
+async function pause(ms: number, signal: AbortSignal): Promise<boolean> {
+  try {
+    await delay(ms, { signal });
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Returns `2 down, 31 up`. */
+function listStates(probes: readonly NodeProbe[]): string {
+  const counts = Object.entries(countStates(probes));
+  const present = counts.filter(([, count]) => count > 0);
+  return present.map(([state, count]) => `${count} ${state}`).join(", ");
+}
+
+/** Draws over the last picture line by line: clearing it first flickers. */
+function drawInPlace(text: string): string {
+  const start = "\x1b[?7l\x1b[H";
+  const end = "\x1b[K\n\x1b[J\x1b[?7h";
+  return start + text.replaceAll("\n", "\x1b[K\n") + end;
+}
+
+// --- nodes ---
 
 const NODES: Command = {
   name: "nodes",
   summary: "list what is configured",
   usage: "[NODE...] [options]",
   options: [...SELECTION, "names", ...COMMON],
+  help: { quiet: "print no summary" },
   notes: "Exit code 0: listed; 2: no node is selected.",
-  examples: ["cluster-hosts nodes --gpu H100 --names", "cluster-hosts nodes --all --json | jq -r '.nodes[].name'"],
-  run(call) {
-    const { flags, io, inventory } = call;
-    const nodes = select(call);
-    if (flags.json) io.out(jsonDocument(call, {}, "nodes", nodes.map(nodeJson)));
-    else io.out(flags.names ? linesOf(nodes.map(nameOf)) : table(io, NODE_TITLES, NODE_DROP, nodes.map(nodeRow)));
-    const inactive = inventory.nodes.filter((node) => !node.isActive && !nodes.includes(node)).length;
-    const more = inactive > 0 && !flags.all ? ` (--all: ${inactive} inactive)` : "";
-    const summary = `${nodes.length} of ${inventory.nodes.length} nodes${more}, ${inventory.origin}`;
-    if (!flags.json && !flags.names && !flags.quiet) io.out(`\n${paragraph(io, summary)}`);
-    return Promise.resolve(0);
-  },
+  examples: [
+    "cluster-hosts nodes --gpu H100 --names",
+    "cluster-hosts nodes --all --json | jq -r '.nodes[].name'",
+  ],
+  takesNodes: true,
+  inventory: "required",
+  run: runNodes,
 };
 
-const NODE_TITLES = ["NAME", "ROLE", "STATUS", "GPU", "MEMORY", "CPUS", "ADDRESSES", "DATA", "SSH", "REASON"];
-const NODE_DROP = ["CPUS", "MEMORY", "SSH", "DATA", "GPU", "ROLE", "ADDRESSES"];
+const NODE_COLUMNS: readonly Column[] = [
+  { title: "NAME", least: 10 },
+  { title: "ROLE", drop: 6 },
+  { title: "STATUS", least: 9 },
+  { title: "GPU", drop: 5 },
+  { title: "MEMORY", drop: 2, align: "right" },
+  { title: "CPUS", drop: 1, align: "right" },
+  { title: "ADDRESSES", drop: 7 },
+  { title: "DATA", drop: 4 },
+  { title: "SSH", drop: 3 },
+  { title: "NOTE", least: 12, dropsIfEmpty: true },
+];
+
+async function runNodes(call: Call): Promise<number> {
+  const { flags, io } = call;
+  const nodes = select(call);
+
+  if (flags.json) {
+    const items = nodes.map(nodeJson);
+    await io.out(jsonDocument(call, { key: "nodes", items }));
+    return 0;
+  }
+  if (flags.names) {
+    await io.out(linesOf(nodes.map(nameOf)));
+    return 0;
+  }
+
+  await io.out(table(NODE_COLUMNS, nodes.map(nodeRow), { io }));
+  if (!flags.quiet) await printSummary(io, [nodesSummary(call, nodes)]);
+  return 0;
+}
+
+/** Returns `3 of 9 nodes (--all: 1 inactive), config/hosts.yaml`. */
+function nodesSummary(
+  { flags, inventory }: Call,
+  shown: readonly ClusterNode[],
+): string {
+  const { nodes, origin } = inventory;
+  const listed = new Set(shown);
+  const inactive = nodes.filter((node) => !node.isActive && !listed.has(node));
+  const hasMore = inactive.length > 0 && !flags.all;
+  const more = hasMore ? ` (--all: ${inactive.length} inactive)` : "";
+  return `${shown.length} of ${nodes.length} nodes${more}, ${origin}`;
+}
 
 function nodeRow(node: ClusterNode): Cell[] {
-  const { name, role, status, gpu, memoryGb, cpus, addresses, dataServerUrl, dataServerPort, sshUser, sshPort } = node;
-  const size = [memoryGb ? `${memoryGb} GB` : "-", cpus ? String(cpus) : "-"];
-  const places = [addresses.join(", ") || "-", dataServerUrl ?? String(dataServerPort), `${sshUser}:${sshPort}`];
-  return [name, role, [status, node.isActive ? 0 : 2], gpu || "-", ...size, ...places, node.reason ?? ""];
+  const status = node.isActive
+    ? node.status
+    : { text: node.status, colour: FAINT };
+  return [
+    node.name,
+    node.role,
+    status,
+    node.gpu || "-",
+    node.memoryGb ? `${node.memoryGb} GB` : "-",
+    node.cpus ? String(node.cpus) : "-",
+    node.addresses.join(", ") || "-",
+    node.dataServerUrl ?? String(node.dataServerPort),
+    `${node.sshUser}:${node.sshPort}`,
+    // A note may have lines, a row has one.
+    node.note?.replace(/\s+/g, " ") ?? "",
+  ];
 }
 
-/** The fields, null if they are unset, and behind them the user's own keys as written. */
+const FIELD_NAMES = Object.keys(HOST_FIELDS) as (keyof typeof HOST_FIELDS)[];
+const FIELD_KEYS = new Set<string>(
+  Object.values(HOST_FIELDS).map(({ key }) => key),
+);
+
+/** Returns every field, null if it is unset, then the user's own keys. */
 function nodeJson(node: ClusterNode): Record<string, unknown> {
-  const { addresses, dataServerBaseUrl, isActive } = node;
   const { entry, ...fields } = node;
-  const json: Record<string, unknown> = { ...fields, bestIp: addresses[0], addresses, dataServerBaseUrl, isActive };
-  for (const key in json) json[key] ??= null;
-  const own = Object.entries(entry).filter(([key]) => !FIELD_KEYS.has(key) && !Object.hasOwn(json, key));
-  return { ...json, ...Object.fromEntries(own) };
+  const { bestIp = null, addresses, dataServerBaseUrl = null, isActive } = node;
+  const known: Record<string, unknown> = {
+    ...fields,
+    bestIp,
+    addresses,
+    dataServerBaseUrl,
+    isActive,
+  };
+  for (const field of FIELD_NAMES) known[field] ??= null;
+
+  const own = Object.entries(entry).filter(([key]) =>
+    !FIELD_KEYS.has(key) && !Object.hasOwn(known, key)
+  );
+  return { ...known, ...Object.fromEntries(own) };
 }
 
-const FIELDS = Object.keys(new ClusterNode({ name: "any" }));
-const FIELD_KEYS = new Set(FIELDS.map((field) => field.replace(/[A-Z]/g, "_$&").toLowerCase()));
+// --- coordinator ---
 
 const COORDINATOR: Command = {
   name: "coordinator",
   summary: "print HOST:PORT of the Elo database",
   usage: "[options]",
   options: ["config", ...COMMON],
-  notes: "The node that elo_sync.coordinator names, else $RINGRIFT_COORDINATOR_IP.",
-  examples: ["cluster-hosts coordinator", "cluster-hosts coordinator --config https://example.com/hosts.yaml"],
-  needs: async ({ inventory }) => ({
-    env: (await getCoordinatorNode(inventory.config))?.bestIp === undefined ? ["RINGRIFT_COORDINATOR_IP"] : [],
-  }),
-  async run(call) {
-    const { flags, io, inventory: { config, origin, exists } } = call;
-    const address = await getCoordinatorAddress(config);
-    const { coordinator } = await getEloSyncConfig(config);
-    const fault = `No coordinator: "${coordinator}" has no address in ${origin}: set elo_sync.coordinator`;
-    const advice = hint("RINGRIFT_COORDINATOR_IP", ", or set");
-    if (!address) throw new Error((exists ? fault : emptyInventory(call)) + advice);
-    const text = escapeText(hostPort(address.hostname, address.port));
-    io.out(`${flags.json ? toJson({ ...jsonHead(call), ...address }) : text}\n`);
-    return 0;
-  },
+  help: { quiet: "changes nothing here" },
+  notes:
+    "The node that elo_sync.coordinator names, else $RINGRIFT_COORDINATOR_IP.\n" +
+    "Exit code 0: printed; 2: there is none.",
+  examples: [
+    "cluster-hosts coordinator",
+    "cluster-hosts coordinator --config https://example.com/hosts.yaml",
+  ],
+  takesNodes: false,
+  inventory: "fallback",
+  run: runCoordinator,
+  needs: coordinatorNeeds,
 };
+
+async function runCoordinator(call: Call): Promise<number> {
+  const { flags, io, inventory } = call;
+  const found = await getCoordinatorAddress(inventory.config);
+  if (!found) throw new Error(await missingCoordinator(inventory));
+
+  const { hostname: address, port } = found;
+  const text = flags.json
+    ? toJson({ ...jsonHead(call), address, port })
+    : escapeText(hostPort(address, port));
+  await io.out(`${text}\n`);
+  return 0;
+}
+
+async function coordinatorNeeds({ inventory }: Call): Promise<Needs> {
+  const node = await getCoordinatorNode(inventory.config);
+  const isInFile = node?.bestIp !== undefined && !inventory.isFallback;
+  return { env: isInFile ? [] : ["RINGRIFT_COORDINATOR_IP"] };
+}
+
+/** Names a variable that decides, with the flag if it may not be read. */
+function hintVariable(variable: string): string {
+  const { state } = Deno.permissions.querySync({ name: "env", variable });
+  if (state === "granted") return variable;
+  return `${variable} (--allow-env=${variable} lets it be read)`;
+}
+
+/** Says what is wrong with the coordinator, and how to mend it. */
+async function missingCoordinator(
+  { config, nodes, origin }: Inventory,
+): Promise<string> {
+  const { coordinator } = await getEloSyncConfig(config);
+  const written = config.elo_sync?.coordinator;
+  const isSet = String(written).trim() === coordinator;
+  const isThere = nodes.some(({ name }) => name === coordinator);
+
+  const or = `or set ${hintVariable("RINGRIFT_COORDINATOR_IP")}`;
+  if (isThere) {
+    return `No coordinator: "${coordinator}" has no address in ${origin}: ` +
+      `set its tailscale_ip or ssh_host, ${or}`;
+  }
+  if (!isSet) {
+    return `No coordinator: elo_sync.coordinator is not set in ${origin}: ` +
+      `set it to the name of a node, ${or}`;
+  }
+  return `No coordinator: elo_sync.coordinator is "${coordinator}", which is ` +
+    `not in hosts of ${origin}: name another node, ${or}`;
+}
+
+// --- urls ---
 
 const URLS: Command = {
   name: "urls",
   summary: "print the URLs to pull data from, one a line",
   usage: "elo|data|models [NODE...] [options]",
   kinds: ["elo", "data", "models"],
-  options: [...SELECTION, ...SWEEP, "path", "include-self", "unchecked", ...COMMON],
+  kindsReplacedBy: ["port", "path"],
+  options: [
+    ...SELECTION,
+    ...SWEEP,
+    "path",
+    "include-self",
+    "unchecked",
+    ...COMMON,
+  ],
   help: {
     path: "of the URLs (default: elo /db, models /models)",
     port: `another port (default: elo sync_port, models ${MODEL_SYNC_PORT})`,
+    quiet: "print no summary, unless some did not answer",
   },
-  notes: "With --port or --path, the kind may be left out. What is checked is the status\npath, on the same port. " +
-    "Exit code 0: there is a URL; 1: there is none.",
-  examples: ["cluster-hosts urls elo | aria2c -i -", "cluster-hosts urls --port 9000 --path /games 'gpu-*'"],
-  async needs(call) {
-    const { flags, kind, inventory: { config: source } } = call;
-    const port = await urlPort(call);
-    const endpoints = flags.unchecked ? [] : select(call).map((node) => dataEndpoints(node, port));
-    if (kind !== "data" || flags["include-self"]) return { net: endpoints.flat() };
-    const others = await getDataSyncUrls({ source, selection: selectionOf(call), reachableOnly: false });
-    const net = endpoints.filter(([first]) => first && others.includes(endpointUrl(first))).flat();
-    return { net, env: ["RINGRIFT_NODE_ID"], sys: ["hostname", "networkInterfaces"] };
+  notes:
+    "With --port or --path, the kind may be left out. What is checked is the status\n" +
+    "path, on the same port. Exit code 0: there is a URL; 1: there is none.",
+  examples: [
+    "cluster-hosts urls elo | aria2c -i -",
+    "cluster-hosts urls --port 9000 --path /games 'gpu-*'",
+  ],
+  takesNodes: true,
+  inventory: "required",
+  check({ kind, flags }) {
+    const isOther = flags.port !== undefined || flags.path !== undefined;
+    if (kind === "data" && isOther) {
+      return "urls data takes each node's own port and URL: leave out data, " +
+        "or --port and --path";
+    }
+    if (kind !== "data" && flags["include-self"]) {
+      return "--include-self goes with urls data: the others include this host";
+    }
+    return undefined;
   },
-  async run(call) {
-    const { flags, io, inventory: { origin } } = call;
-    const port = await urlPort(call);
-    const nodes = select(call);
-    const probes: NodeProbe[] = [];
-    const urls = await findUrls(call, port, nodes, probes);
-    io.out(flags.json ? jsonDocument(call, {}, "urls", urls) : linesOf(urls));
-    const failed = probes.filter(({ state }) => state !== "up");
-    const command = `cluster-hosts status${port === undefined ? "" : ` --port ${port}`}`;
-    const why = failed.length > 0 ? ` (${countReasons(failed)}; ${command} shows which)` : "";
-    const others = nodes.length - probes.length;
-    const self = others > 0 ? `, ${others} left out as this host (--include-self)` : "";
-    const answered = `${probes.length - failed.length} of ${probes.length} nodes answered${why}${self}`;
-    const summary = flags.unchecked ? `${urls.length} URLs, not checked` : answered;
-    if (!flags.quiet && !flags.json) warn(io, `${summary}, ${origin}`);
-    return urls.length > 0 ? 0 : 1;
-  },
+  run: runUrls,
+  needs: urlsNeeds,
 };
 
-/** The port that is checked; undefined is that of each data server. */
-async function urlPort({ kind, flags: { port, path }, inventory }: Call): Promise<number | undefined> {
-  if (kind === "data" && (port !== undefined || path !== undefined)) {
-    throw new Error("urls data takes each node's own port and URL: leave out data, or --port and --path");
+async function runUrls(call: Call): Promise<number> {
+  const { flags, io } = call;
+  const { urls, probes } = await findUrls(call);
+
+  if (flags.json) {
+    await io.out(jsonDocument(call, { key: "urls", items: urls }));
+  } else {
+    await io.out(linesOf(urls));
   }
-  if (kind === "data" || port !== undefined) return port;
-  if (kind === "elo") return (await getEloSyncConfig(inventory.config)).syncPort;
-  return kind === "models" ? MODEL_SYNC_PORT : DATA_SYNC_PORT;
-}
 
-async function findUrls(call: Call, port: number | undefined, nodes: readonly ClusterNode[], probes: NodeProbe[]) {
-  const { kind, flags, inventory: { config: source } } = call;
-  const { check: _, path = kind === "models" ? "/models" : undefined, ...sweep } = sweepOptions(call);
-  using _line = liveLine(call, () => `checked ${probes.length}/${nodes.length}`);
-  const onProbe = (probe: NodeProbe) => void probes.push(probe);
-  const options = { ...sweep, source, selection: selectionOf(call), reachableOnly: !flags.unchecked, onProbe };
-  if (kind === "data") return await getDataSyncUrls({ ...options, excludeSelf: !flags["include-self"] });
-  return await getSyncUrls({ ...options, port, path });
-}
-
-const SSH_OPTIONS = ["user", "connect-timeout", "ssh-option", "gather", "cd", "stdin", "dry-run"] as const;
-
-const SSH: Command = {
-  name: "ssh",
-  summary: "run a command on many nodes at once, or log in to one",
-  usage: "NODE... [options] [-- COMMAND]",
-  options: [...SELECTION, "timeout", "concurrency", ...SSH_OPTIONS, ...COMMON],
-  help: {
-    timeout: `deadline of each command (default: ${showDuration(DEFAULTS.commandTimeoutMs)})`,
-    concurrency: `how many nodes at once (default: ${DEFAULTS.commandConcurrency})`,
-    gather: "each distinct output once (default: as lines come)",
-  },
-  notes: "Needs a NODE or --role, --gpu, --status, --where; '*' is every active node.\nWithout a command: a login " +
-    "on one NODE. Exit code 0: the command returned 0 on\nevery node; 1: it did not.",
-  examples: ["cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L", "cluster-hosts ssh gpu-1 --stdin -- sh < setup.sh"],
-  needs: (call) => ({ run: ["ssh"], net: select(call).flatMap((node) => racedSshEndpoints(node, sshOptions(call))) }),
-  async run(call) {
-    const { flags, remote, io, signal, inventory: { origin } } = call;
-    const nodes = sshNodes(call);
-    if (!remote) return await login(call, nodes);
-    const commandOf = (node: ClusterNode) => flags.cd ? inFolder(node, remote) : remote;
-    if (flags["dry-run"]) return printCommands(call, nodes, commandOf);
-    const stdin = flags.stdin ? await readStdin(call) : undefined;
-    const known = new Map<ClusterNode, CommandResult>();
-    const print = flags.json || flags.gather ? undefined : linePrinter(io);
-    const times = { timeoutMs: flags.timeout, concurrency: flags.concurrency, stdin, signal };
-    const onResult = (result: CommandResult) => {
-      known.set(result.node, result);
-      for (const stream of ["stdout", "stderr"] as const) print?.(result.node, stream);
-    };
-    const options = { ...sshOptions(call), ...times, onOutput: print, onResult };
-    const interrupt = await interruptOf(runOnNodes(nodes, commandOf, options));
-    const results = nodes.map((node) => known.get(node)).filter((result) => result !== undefined);
-    const items = results.map(({ node: { name }, failure = null, ...result }) => ({ name, ...result, failure }));
-    if (flags.json) io.out(jsonDocument(call, {}, "nodes", items));
-    else if (flags.gather) io.out(gathered(io, results));
-    // The summary stands below the ^C that the terminal writes.
-    if (interrupt && io.isErrTerminal) io.err("\n");
-    if (!flags.quiet) warn(io, commandSummary(results, nodes.length, origin));
-    if (interrupt) throw interrupt;
-    return results.every(({ failure }) => !failure) ? 0 : 1;
-  },
-};
-
-const SSH_USAGE = 'put the command after "--": cluster-hosts ssh gpu-1 -- uptime';
-
-/** A shell without a script: without stdin it ends at once, and says that all is well. */
-const BARE_SHELL = /^\s*(sudo\s+)?(\S*\/)?(ba|da|k|z)?sh(\s+(--\S+|-[abd-z]+))*(\s+-[abd-z]*s.*)?\s*$/s;
-
-function sshOptions({ flags }: Call): SshOptions {
-  return { user: flags.user, connectTimeoutMs: flags["connect-timeout"], options: flags["ssh-option"] };
-}
-
-/** The nodes to run on, after every refusal. */
-function sshNodes(call: Call): ClusterNode[] {
-  const { words, remote, flags: { role, gpu, status, where, stdin } } = call;
-  const command = remote?.join(" ").trim();
-  if (command === "") throw new Error(`There is no command; ${SSH_USAGE}`);
-  if (!stdin && BARE_SHELL.test(command ?? "")) {
-    throw new Error(`"${command}" alone runs nothing: add --stdin, and give it the script on stdin`);
+  const hasGap = probes.some(isProblem);
+  const isSummarized = !flags.json && (!flags.quiet || hasGap);
+  if (isSummarized) {
+    const summary = flags.unchecked
+      ? uncheckedSummary(call, urls)
+      : await answeredSummary(call, probes);
+    await warn(io, `${summary}, ${call.inventory.origin}`);
   }
-  // So that an empty $(...) never means every node.
-  if (words.length === 0 && !role && !gpu && !status && !where) {
-    throw new Error("ssh needs a NODE, or --role, --gpu, --status or --where; '*' is every active node");
+  return urls.length > 0 ? 0 : 1;
+}
+
+/** Finds the URLs, and the probes of the nodes that were checked for them. */
+async function findUrls(
+  call: Call,
+): Promise<{ urls: string[]; probes: NodeProbe[] }> {
+  const { kind, flags, inventory } = call;
+  const startedMs = performance.now();
+  const probes: NodeProbe[] = [];
+  using _line = liveLine(
+    call,
+    () => `checked ${plural(probes.length, "node")}, ${elapsed(startedMs)}`,
+  );
+
+  const { timeoutMs, concurrency, signal } = sweepOptions(call);
+  const options = {
+    source: inventory.config,
+    selection: selectionOf(call),
+    reachableOnly: !flags.unchecked,
+    timeoutMs,
+    concurrency,
+    signal,
+    onProbe(probe: NodeProbe) {
+      probes.push(probe);
+    },
+  };
+
+  if (kind === "data") {
+    const excludeSelf = !flags["include-self"];
+    return { urls: await getDataSyncUrls({ ...options, excludeSelf }), probes };
   }
-  // Whoever forgets "--" gives the command as a NODE.
-  if (!remote && words.length > 1) throw new Error(`A login takes one NODE, not ${words.length}; ${SSH_USAGE}`);
-  return select(call);
+
+  const port = await urlPort(call);
+  const usualPath = kind === "models" ? "/models" : undefined;
+  const path = flags.path ?? usualPath;
+  return { urls: await getSyncUrls({ ...options, port, path }), probes };
 }
 
-/** The command in the node's `ringrift_path`, whose tilde is the remote shell's. */
-function inFolder({ ringriftPath }: ClusterNode, remote: readonly string[]): string[] {
-  const [, home = "", rest = ""] = /^(~[\w.-]*(?:\/|$))?(.*)$/s.exec(ringriftPath) ?? [];
-  const folder = home + (rest === "" ? "" : shellQuote(rest));
-  // Else what stands behind a ";" would run in the wrong folder if there is no such one.
-  const command = /[;&|\n#]/.test(remote.join(" ")) ? ["eval", shellQuote(remote.join(" "))] : remote;
-  return ["cd", folder, "&&", ...command];
+/** Returns the port of the URLs; `undefined` is that of each data server. */
+async function urlPort(
+  { kind, flags, inventory }: Call,
+): Promise<number | undefined> {
+  if (flags.port !== undefined) return flags.port;
+
+  switch (kind) {
+    case "elo":
+      return (await getEloSyncConfig(inventory.config)).syncPort;
+    case "models":
+      return MODEL_SYNC_PORT;
+    case "data":
+      return undefined;
+    default:
+      return DATA_SYNC_PORT;
+  }
 }
 
-function printCommands(call: Call, nodes: readonly ClusterNode[], commandOf: (node: ClusterNode) => readonly string[]) {
-  const [reachable, missing] = [nodes.filter((node) => node.bestIp), nodes.filter((node) => !node.bestIp)];
-  const commands = reachable.map((node) => sshCommand(node, commandOf(node), sshOptions(call)));
-  call.io.out(commands.map((command) => `${escapeLines(command.map(shellQuote).join(" "))}\n`).join(""));
-  if (missing.length > 0) warn(call.io, `${foldNames(missing.map(nameOf))}: no-address: set tailscale_ip or ssh_host`);
-  return missing.length > 0 ? 1 : 0;
+function uncheckedSummary(
+  { kind, flags }: Call,
+  urls: readonly string[],
+): string {
+  const summary = `${plural(urls.length, "URL")}, not checked`;
+  const isSelf = kind === "data" && !flags["include-self"] && urls.length === 0;
+  return isSelf
+    ? `${summary}, all left out as this host (--include-self)`
+    : summary;
 }
 
-/** ssh itself with the terminal, and nothing of ours in between. */
-async function login(call: Call, nodes: readonly ClusterNode[]): Promise<number> {
-  const { flags, signal } = call;
-  const [node] = nodes;
-  if (!node || nodes.length > 1) throw new Error(`A login takes one node, not ${nodes.length}; ${SSH_USAGE}`);
-  const extra = ["gather", "json", "cd", "stdin", "dry-run", "timeout", "concurrency"].find((name) => name in flags);
-  if (extra) throw new Error(`--${extra} goes with a command; ${SSH_USAGE}`);
-  const options = { ...sshOptions(call), options: ["BatchMode=no", ...flags["ssh-option"] ?? []] };
-  const endpoint = await findSshEndpoint(node, { ...options, signal });
-  const streams = { stdin: "inherit", stdout: "inherit", stderr: "inherit" } as const;
-  const child = spawnSsh(sshCommand(node, [], { ...options, endpoint }), streams);
-  const onAbort = () => child.kill(messageOf(signal.reason) as Deno.Signal);
-  signal.addEventListener("abort", onAbort);
-  const { code } = await child.status;
-  signal.removeEventListener("abort", onAbort);
-  signal.throwIfAborted();
-  return code;
+/** Says how many nodes answered, and which line shows the others. */
+async function answeredSummary(
+  call: Call,
+  probes: readonly NodeProbe[],
+): Promise<string> {
+  const failed = probes.filter(isProblem);
+  const answered = probes.length - failed.length;
+  // The others were all checked, whatever came of it.
+  const ownCount = select(call).length - probes.length;
+  let summary = `${answered} of ${probes.length} nodes answered`;
+
+  if (failed.length > 0) {
+    const line = await statusLine(call);
+    summary += ` (${countReasons(failed)}; ${line} shows which)`;
+  }
+  if (ownCount > 0) {
+    summary += `, ${ownCount} left out as this host (--include-self)`;
+  }
+  return summary;
 }
 
-/** Writes each line as soon as it is whole, under the name of its node; without a text, the last line as it is. */
-function linePrinter(io: Io) {
-  const rests = new Map<string, string>();
-  return ({ name }: ClusterNode, stream: "stdout" | "stderr", text?: string) => {
-    const key = `${stream} ${name}`;
-    const rest = rests.get(key) ?? "";
-    const whole = rest + (text ?? (rest && "\n"));
-    // A line without an end must not fill the memory.
-    const end = whole.length > 1024 * 1024 ? whole.length : whole.lastIndexOf("\n");
-    rests.set(key, whole.slice(end + 1));
-    const lines = end < 0 ? [] : escapeLines(whole.slice(0, end)).split("\n");
-    (stream === "stdout" ? io.out : io.err)(lines.map((line) => `${escapeText(name)}: ${line}\n`).join(""));
+/** Writes the line that checks what `urls` checked. */
+async function statusLine(call: Call): Promise<string> {
+  const { flags, words, inventory } = call;
+  const line = ["cluster-hosts", "status", ...words];
+
+  if (flags.config !== undefined) {
+    // Not as it was given: a URL may hold a password.
+    line.push("-c", flags.config === "-" ? "-" : inventory.origin);
+  }
+  for (const name of FILTERS) {
+    for (const value of flags[name] ?? []) {
+      const text = typeof value === "string" ? value : value.join("=");
+      line.push(`--${name}=${text}`);
+    }
+  }
+  if (flags.all) line.push("--all");
+
+  const port = await urlPort(call);
+  if (port !== undefined) line.push("--port", String(port));
+  return line.map(shellQuote).join(" ");
+}
+
+async function urlsNeeds(call: Call): Promise<Needs> {
+  const { kind, flags, inventory } = call;
+  const port = await urlPort(call);
+  const nodes = flags.unchecked ? [] : select(call);
+  const endpoints = nodes.map((node) => dataEndpoints(node, port));
+
+  const isForSelfToo = kind !== "data" || flags["include-self"];
+  if (isForSelfToo) return { net: endpoints.flat() };
+
+  const others = await getDataSyncUrls({
+    source: inventory.config,
+    selection: selectionOf(call),
+    reachableOnly: false,
+  });
+  const net = endpoints.filter(([first]) =>
+    first !== undefined && others.includes(endpointUrl(first))
+  );
+  return {
+    net: net.flat(),
+    env: ["RINGRIFT_NODE_ID"],
+    sys: ["hostname", "networkInterfaces"],
   };
 }
 
-function gathered(io: Io, results: readonly CommandResult[]): string {
-  const outcome = ({ exitCode, signal, failure, stdout, stderr }: CommandResult) =>
-    JSON.stringify([exitCode, signal, failure?.code, stdout, stderr]);
-  return [...Map.groupBy(results, outcome).values()].map((group) => {
-    const { stdout, stderr, failure, truncated } = group[0]!;
-    const names = foldNames(group.map(({ node }) => node.name));
-    const head = `${names}${group.length > 1 ? ` (${group.length})` : ""}${failure ? `: ${reasonOf(failure)}` : ""}`;
-    const texts = [stdout, stderr, truncated ? "[cut at 1 MiB]" : ""];
-    const output = texts.map((text) => text.replace(/[^\n]$/, "$&\n")).join("");
-    return `${paint(io, 1, `--- ${escapeText(head)}`)}\n${escapeLines(output)}`;
-  }).join("");
-}
-
-function commandSummary(results: readonly CommandResult[], total: number, origin: string): string {
-  const failed = results.filter(({ failure }) => failure);
-  let groups = Map.groupBy(failed, ({ failure }) => reasonOf(failure));
-  // Each address has a message of its own: past a few, only what they have in common can be read.
-  if (groups.size > 5) groups = Map.groupBy(failed, ({ failure }) => failure!.code);
-  return [
-    `${results.length - failed.length} of ${total} returned 0, ${origin}`,
-    ...[...groups].map(([reason, group]) => `${foldNames(group.map(({ node }) => node.name))}: ${reason}`),
-    ...(results.length < total ? [`${total - results.length} not started`] : []),
-  ].join("; ");
-}
+// --- wait ---
 
 const WAIT: Command = {
   name: "wait",
   summary: "return when the nodes are up, or time runs out",
   usage: "[NODE...] [options]",
-  options: [...SELECTION, ...SWEEP, "interval", "min-up", "tcp", "path", ...COMMON],
+  options: [
+    ...SELECTION,
+    ...SWEEP,
+    "interval",
+    "min-up",
+    "down",
+    "tcp",
+    "ssh",
+    "path",
+    ...COMMON,
+  ],
   help: {
-    timeout: `for all of it (default: ${showDuration(DEFAULTS.waitDeadlineMs)})`,
-    interval: `between two checks of a node (default: ${showDuration(DEFAULTS.waitIntervalMs)})`,
+    timeout: "how long to wait in all " +
+      `(default: ${typedDuration(DEFAULTS.waitDeadlineMs)})`,
+    interval: "between two checks of a node " +
+      `(default: ${typedDuration(DEFAULTS.waitIntervalMs)})`,
+    quiet: "print only what is still missing",
   },
-  notes: "Exit code 0: every selected node is up, or --min-up of them; 1: the time is\nover; 2: at once, if the " +
-    "nodes that may be checked cannot be enough.",
-  examples: ["cluster-hosts wait --timeout 10m", "cluster-hosts wait 'gpu-*' --min-up 75% --tcp --port 22"],
-  needs: (call) => ({ net: select(call).flatMap((node) => dataEndpoints(node, call.flags.port)) }),
+  notes:
+    "Exit code 0: every selected node is up, or --min-up of them (--down: none is);\n" +
+    "1: the time is over, or a node has no address; 2: a node could not be checked,\n" +
+    "immediately if net permission is missing for too many nodes.",
+  examples: [
+    "cluster-hosts wait --timeout 10m",
+    "cluster-hosts wait 'gpu-*' --min-up 75% --ssh",
+    "cluster-hosts wait --ssh --down gpu-1 && cluster-hosts wait --ssh gpu-1",
+  ],
+  takesNodes: true,
+  inventory: "required",
+  run: runWait,
+  needs: checkNeeds,
+};
+
+/** How far a wait came. */
+interface Waited {
+  readonly nodes: readonly ClusterNode[];
+  /** How many of the nodes it waits for. */
+  readonly needed: number;
+  /** The last answer of each node that gave one. */
+  readonly last: ReadonlyMap<ClusterNode, NodeProbe>;
+  readonly startedMs: number;
+}
+
+async function runWait(call: Call): Promise<number> {
+  const { flags, io } = call;
+  const nodes = select(call);
+  const needed = flags.down ? nodes.length : minUpOf(call, nodes);
+  const startedMs = performance.now();
+  const last = new Map<ClusterNode, NodeProbe>();
+  const note = (probe: NodeProbe) => {
+    last.set(probe.node, probe);
+  };
+
+  const waited = { nodes, needed, last, startedMs };
+  const wait = async () => {
+    using line = liveLine(call, () => waitingText(call, waited));
+    const announce = announcer(call, { line, startedMs });
+    const probes = await waitForNodes(nodes, {
+      ...sweepOptions(call),
+      // --timeout is for all of it.
+      timeoutMs: undefined,
+      deadlineMs: flags.timeout,
+      intervalMs: flags.interval,
+      until: flags.down ? "down" : "up",
+      minUp: flags.down ? undefined : needed,
+      async onProbe(probe) {
+        note(probe);
+        await announce(probe);
+      },
+    });
+    // Nodes that were never asked are among the results alone.
+    probes.forEach(note);
+  };
+  const interrupt = await untilInterrupted(wait());
+
+  await printWaited(call, waited);
+  const probes = [...last.values()];
+  const isEnough = countReached(call, waited) >= needed;
+  const denied = deniedMessage(probes);
+  if (denied && !isEnough) await warn(io, denied);
+
+  if (interrupt) throw interrupt;
+  if (isHopeless(call, waited)) return 1;
+  return exitCodeOf(probes, isEnough);
+}
+
+/** Makes the function that names each node once, when it is as wanted. */
+function announcer(
+  { io, flags }: Call,
+  { line, startedMs }: { line: { hide(): void }; startedMs: number },
+): (probe: NodeProbe) => Promise<void> {
+  const announced = new Set<ClusterNode>();
+
+  return async (probe) => {
+    const { node, state } = probe;
+    const isNews = isReached(flags, probe) && !announced.has(node);
+    if (!isNews || flags.quiet || flags.json) return;
+
+    announced.add(node);
+    line.hide();
+    const name = escapeText(node.name);
+    await io.out(`${name} ${state} after ${seconds(startedMs)}\n`);
+  };
+}
+
+async function printWaited(call: Call, waited: Waited): Promise<void> {
+  const { flags, io, inventory } = call;
+  const { nodes, needed, last, startedMs } = waited;
+  if (flags.json) {
+    await io.out(waitedJson(call, waited));
+    return;
+  }
+  if (isHopeless(call, waited)) {
+    await warn(io, hopelessText(waited));
+    return;
+  }
+
+  const reached = countReached(call, waited);
+  const time = seconds(startedMs);
+  if (!flags.quiet) {
+    const goal = flags.down ? "down" : "up";
+    const counts = `${reached} of ${nodes.length} nodes ${goal} after ${time}`;
+    await warn(io, `${counts}, ${inventory.origin}`);
+
+    const shared = sharedNote(call, [...last.values()]);
+    if (shared && !flags.down) await warn(io, shared);
+  }
+
+  if (reached < needed) {
+    const still = flags.down ? "Still not down" : "Still missing";
+    await warn(io, `${still} after ${time}: ${missingText(call, waited)}`);
+  }
+}
+
+function waitedJson(call: Call, { nodes, last, startedMs }: Waited): string {
+  const { flags } = call;
+  const reached = nodes.filter((node) => isReached(flags, last.get(node)));
+  const missing = nodes.filter((node) => !isReached(flags, last.get(node)));
+  const items = missing.map((node) => {
+    const { state = null, failure = null } = last.get(node) ?? {};
+    return { name: node.name, state, failure };
+  });
+
+  const goal = flags.down ? "down" : "up";
+  const waitedMs = Math.round(performance.now() - startedMs);
+  const head = { waitedMs, [goal]: reached.map(nameOf) };
+  return jsonDocument(call, { head, key: "missing", items });
+}
+
+/** True if the node is as it is waited for. */
+function isReached({ down }: Flags, probe: NodeProbe | undefined): boolean {
+  const state = probe?.state;
+  if (down) return state === "down" || state === "unhealthy";
+  return state === "up";
+}
+
+function countReached({ flags }: Call, { nodes, last }: Waited): number {
+  return nodes.filter((node) => isReached(flags, last.get(node))).length;
+}
+
+/** True if too many nodes have no address for the others to be enough. */
+function isHopeless({ flags }: Call, waited: Waited): boolean {
+  const { nodes, needed } = waited;
+  return !flags.down && nodes.length - homelessNodes(waited).length < needed;
+}
+
+function hopelessText(waited: Waited): string {
+  const { nodes, needed, last } = waited;
+  const homeless = homelessNodes(waited);
+  const most = nodes.length - homeless.length;
+  const names = foldNodes(homeless);
+  const reason = reasonOf(last.get(homeless[0]!)?.failure);
+  return `Not waiting: at most ${most} of ${nodes.length} nodes can be up, ` +
+    `and ${needed} have to be; ${names}: ${reason}`;
+}
+
+function homelessNodes({ nodes, last }: Waited): ClusterNode[] {
+  return nodes.filter((node) => last.get(node)?.failure?.code === "no-address");
+}
+
+function waitingText(call: Call, waited: Waited): string {
+  const missing = missingText(call, waited);
+  return `waiting, ${elapsed(waited.startedMs)}, for ${missing}`;
+}
+
+/** Returns `gpu-[1-2000] (refused), head (timeout)`. */
+function missingText({ flags }: Call, { nodes, last }: Waited): string {
+  const missing = nodes.filter((node) => !isReached(flags, last.get(node)));
+  const groups = Map.groupBy(missing, (node) => {
+    const probe = last.get(node);
+    return probe?.failure?.code ?? probe?.state ?? "no answer yet";
+  });
+  const texts = [...groups].map(([reason, group]) =>
+    `${foldNodes(group)} (${reason})`
+  );
+  return texts.join(", ");
+}
+// --- ssh ---
+
+const SSH: Command = {
+  name: "ssh",
+  summary: "run a command on many nodes at once, or log in to one",
+  usage: "NODE... [options] [-- COMMAND]",
+  options: [
+    ...SELECTION,
+    "user",
+    "ssh-option",
+    "connect-timeout",
+    "timeout",
+    "concurrency",
+    "gather",
+    "cd",
+    "stdin",
+    "dry-run",
+    ...COMMON,
+  ],
+  help: {
+    timeout: "end each command after this time (default: never)",
+    concurrency:
+      `how many nodes at once (default: ${DEFAULTS.commandConcurrency})`,
+    gather: "print each distinct output once, when all have ended",
+    quiet: "print outputs and failures only",
+  },
+  notes:
+    "Needs a NODE, or --role, --gpu, --status or --where; '*' is every active node.\n" +
+    "Without a command: a login on one NODE. Ctrl-C and --timeout end ssh; a command\n" +
+    "that has started may go on on its node. Exit code 0: the command returned 0 on\n" +
+    "every node; 1: it did not.",
+  examples: [
+    "cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L",
+    "cluster-hosts ssh gpu-1 --stdin -- bash < setup.sh",
+  ],
+  takesNodes: true,
+  takesRemote: true,
+  inventory: "required",
+
+  check(request) {
+    const { remote, flags } = request;
+
+    const target = targetProblem(request);
+    if (target) return target;
+
+    return remote ? commandProblem(remote, flags) : loginProblem(request);
+  },
+
+  needs(call) {
+    const options = sshOptions(call);
+    const net = select(call).flatMap((node) =>
+      racedSshEndpoints(node, options)
+    );
+
+    return { run: ["ssh"], net };
+  },
+
   async run(call) {
-    const { flags, io, inventory: { origin } } = call;
+    const { flags, remote } = call;
     const nodes = select(call);
-    const minUp = minUpOf(call, nodes);
-    const started = performance.now();
-    const last = new Map<ClusterNode, NodeProbe>();
-    const line = liveLine(call, () => `waiting, ${elapsed(started)}, for ${foldMissing(nodes, last)}`);
-    const announced = new Set<ClusterNode>();
-    const onProbe = (probe: NodeProbe) => {
-      last.set(probe.node, probe);
-      if (probe.state !== "up" || announced.has(probe.node) || flags.quiet || flags.json) return;
-      announced.add(probe.node);
-      line.hide();
-      io.out(`${escapeText(probe.node.name)} up after ${seconds(started)}\n`);
-    };
-    const times = { timeoutMs: undefined, intervalMs: flags.interval, deadlineMs: flags.timeout };
-    const interrupt = await interruptOf(waitForNodes(nodes, { ...sweepOptions(call), ...times, minUp, onProbe }), line);
-    const up = nodes.filter((node) => last.get(node)?.state === "up").map(nameOf);
-    const time = seconds(started);
-    if (flags.json) {
-      const missing = nodes.filter((node) => last.get(node)?.state !== "up");
-      const items = missing.map((node) => ({ name: node.name, failure: last.get(node)?.failure ?? null }));
-      io.out(jsonDocument(call, { waitedMs: Math.round(performance.now() - started), up }, "missing", items));
-    } else if (!flags.quiet) {
-      warn(io, `${up.length} of ${nodes.length} nodes up after ${time}, ${origin}`);
-      if (up.length < minUp) warn(io, `Still missing after ${time}: ${foldMissing(nodes, last)}`);
-    }
-    if (interrupt) throw interrupt;
-    return up.length >= minUp ? 0 : 1;
+
+    if (!remote) return await login(call, nodes);
+    if (flags["dry-run"]) return await printCommands(call, nodes);
+    return await runCommand(call, nodes);
   },
 };
 
-/** `gpu-[1-2000] (refused), head (timeout)` */
-function foldMissing(nodes: readonly ClusterNode[], last: ReadonlyMap<ClusterNode, NodeProbe>): string {
-  const missing = nodes.filter((node) => last.get(node)?.state !== "up");
-  const groups = Map.groupBy(missing, (node) => last.get(node)?.failure?.code ?? "no answer yet");
-  return [...groups].map(([code, nodes]) => `${foldNames(nodes.map(nameOf))} (${code})`).join(", ");
+const COMMAND_HINT =
+  'put the command after "--": cluster-hosts ssh gpu-1 -- uptime';
+
+function sshOptions({ flags }: Call): SshOptions {
+  return {
+    user: flags.user,
+    connectTimeoutMs: flags["connect-timeout"],
+    options: flags["ssh-option"],
+  };
 }
+
+/** Refuses a line without a NODE: an empty $(...) must not mean every node. */
+function targetProblem({ words, flags }: Invocation): string | undefined {
+  const { role, gpu, status, where } = flags;
+  const isSelecting = role || gpu || status || where;
+  if (words.length > 0 || isSelecting) return undefined;
+
+  return "ssh needs a NODE, or --role, --gpu, --status or --where; " +
+    "'*' is every active node";
+}
+
+function commandProblem(
+  remote: readonly string[],
+  { stdin }: Flags,
+): string | undefined {
+  const command = remote.join(" ").trim();
+
+  if (command === "") return `There is no command; ${COMMAND_HINT}`;
+  if (stdin || !isBareShell(command)) return undefined;
+
+  return `"${command}" alone runs nothing: ` +
+    "add --stdin, and give it the script on stdin";
+}
+
+/** Options that a login has no use for. */
+const COMMAND_OPTIONS = [
+  "gather",
+  "json",
+  "cd",
+  "stdin",
+  "dry-run",
+  "timeout",
+  "concurrency",
+] as const satisfies OptionName[];
+
+function loginProblem({ words, flags }: Invocation): string | undefined {
+  // Whoever forgets "--" gives the command as a NODE.
+  if (words.length > 1) return manyLogins(words.length);
+
+  const misplaced = COMMAND_OPTIONS.find((name) => name in flags);
+  if (!misplaced) return undefined;
+
+  return `--${misplaced} goes with a command; ${COMMAND_HINT}`;
+}
+
+function manyLogins(count: number): string {
+  return `A login takes one NODE, not ${count}; ${COMMAND_HINT}`;
+}
+
+const SHELLS = ["sh", "bash", "dash", "ash", "ksh", "zsh"];
+
+/** True if a command is a shell that reads its script from stdin. */
+function isBareShell(command: string): boolean {
+  const words = command.split(/\s+/);
+  if (words[0] === "sudo") words.shift();
+
+  const [path = "", ...args] = words;
+  const isShell = SHELLS.includes(path.slice(path.lastIndexOf("/") + 1));
+  if (!isShell) return false;
+
+  const firstOperand = args.findIndex((arg) => !arg.startsWith("-"));
+  const hasOperand = firstOperand >= 0;
+  const options = hasOperand ? args.slice(0, firstOperand) : args;
+  const hasLetter = (letter: string) =>
+    options.some((option) => /^-\w+$/.test(option) && option.includes(letter));
+
+  if (hasLetter("c")) return false;
+  return hasLetter("s") || !hasOperand;
+}
+
+/** Returns the command for one node, with `--cd` in its `ringrift_path`. */
+function commandFor(
+  { flags, remote = [] }: Call,
+  node: ClusterNode,
+): readonly string[] {
+  return flags.cd ? inFolder(node, remote) : remote;
+}
+
+/**
+ * Puts a command into the node's `ringrift_path`, whose tilde is left to the
+ * remote shell.
+ */
+function inFolder(
+  { ringriftPath }: ClusterNode,
+  remote: readonly string[],
+): readonly string[] {
+  const [home = ""] = /^~[\w.-]*(?:\/|$)/.exec(ringriftPath) ?? [];
+  const rest = ringriftPath.slice(home.length);
+  const folder = rest === "" ? home : home + shellQuote(rest);
+
+  // Without `eval`, what stands after a ";" would run without the folder, too.
+  const command = remote.join(" ");
+  const isCompound = /[;&|\n#]/.test(command);
+  const words = isCompound ? ["eval", shellQuote(command)] : remote;
+
+  return ["cd", folder, "&&", ...words];
+}
+
+/** Hands the terminal to ssh itself, for a login on one node. */
+async function login(
+  call: Call,
+  nodes: readonly ClusterNode[],
+): Promise<number> {
+  const { flags, signal } = call;
+  const [node] = nodes;
+  if (!node || nodes.length > 1) throw new Error(manyLogins(nodes.length));
+
+  // ssh takes the first value that it is given: the user's own come first.
+  const own = flags["ssh-option"] ?? [];
+  const options = { ...sshOptions(call), options: [...own, "BatchMode=no"] };
+  const endpoint = await findSshEndpoint(node, { ...options, signal });
+
+  const child = spawnSsh(
+    sshCommand(node, [], { ...options, endpoint }),
+    { stdin: "inherit", stdout: "inherit", stderr: "inherit" },
+  );
+  const passOn = () => {
+    try {
+      if (signal.reason instanceof Interrupt) child.kill(signal.reason.signal);
+    } catch {
+      // It has ended already.
+    }
+  };
+
+  signal.addEventListener("abort", passOn);
+  const { code } = await child.status;
+  signal.removeEventListener("abort", passOn);
+
+  signal.throwIfAborted();
+  return code;
+}
+
+/** Prints commands that do what a run does, one a line, for a shell. */
+async function printCommands(
+  call: Call,
+  nodes: readonly ClusterNode[],
+): Promise<number> {
+  const { io, flags } = call;
+  const { concurrency = DEFAULTS.commandConcurrency } = flags;
+  const reachable = nodes.filter((node) => node.bestIp !== undefined);
+  const missing = nodes.filter((node) => node.bestIp === undefined);
+
+  for (let start = 0; start < reachable.length; start += concurrency) {
+    const batch = reachable.slice(start, start + concurrency);
+    const lines = await Promise.all(
+      batch.map((node) => printableCommand(call, node)),
+    );
+    await io.out(lines.join(""));
+  }
+
+  if (missing.length > 0) {
+    await warn(io, leftOut(missing));
+    return 1;
+  }
+  return 0;
+}
+
+async function printableCommand(
+  call: Call,
+  node: ClusterNode,
+): Promise<string> {
+  const { flags, signal } = call;
+  const options = sshOptions(call);
+  const endpoint = await findSshEndpoint(node, { ...options, signal });
+
+  const command = commandFor(call, node);
+  const [ssh, ...args] = sshCommand(node, command, { ...options, endpoint });
+  // Without -n, the first ssh would read the commands of the others.
+  const argv = flags.stdin ? [ssh, ...args] : [ssh, "-n", ...args];
+  return `${argv.map(pasteable).join(" ")}\n`;
+}
+
+function leftOut(nodes: readonly ClusterNode[]): string {
+  return `${foldNodes(nodes)}: left out, without an address`;
+}
+
+/** Quotes a word for bash, on one line, and so that a terminal shows it. */
+function pasteable(word: string): string {
+  const isPlain = escapeText(word) === word && !/[\t\n]/.test(word);
+  if (isPlain) return shellQuote(word);
+
+  return `$'${Array.from(word, ansiCharacter).join("")}'`;
+}
+
+/** Writes a character as it stands between $' and '. */
+function ansiCharacter(character: string): string {
+  if (character === "\n") return "\\n";
+  if (character === "\t") return "\\t";
+  if (character === "\\" || character === "'") return `\\${character}`;
+  if (escapeText(character) === character) return character;
+
+  const code = character.codePointAt(0)!.toString(16);
+  return `\\u${code.padStart(4, "0")}`;
+}
+
+async function runCommand(
+  call: Call,
+  nodes: readonly ClusterNode[],
+): Promise<number> {
+  const { flags, io, signal } = call;
+  const stdin = flags.stdin ? await readStdin(call) : undefined;
+
+  const started = performance.now();
+  const known = new Map<ClusterNode, CommandResult>();
+  const printer = new LinePrinter(io, () => line.hide());
+  const line = liveLine(call, () => {
+    if (printer.isMidLine) return "";
+
+    const waiting = nodes.filter((node) => !known.has(node));
+    return `${known.size} of ${nodes.length} done, ${elapsed(started)}, ` +
+      `waiting for ${foldNodes(waiting)}`;
+  });
+  using banners = new BannerPrinter(printer);
+  const view = viewOf(call, { printer, banners });
+
+  const work = runOnNodes(nodes, (node) => commandFor(call, node), {
+    ...sshOptions(call),
+    timeoutMs: flags.timeout,
+    concurrency: flags.concurrency,
+    stdin,
+    signal,
+    onOutput: (node, stream, text) => view?.print(node, stream, text),
+    onResult: async (result) => {
+      known.set(result.node, result);
+      await view?.end(result.node);
+    },
+  }).finally(() => line[Symbol.dispose]());
+  const interrupt = await untilInterrupted(work);
+  const results = nodes.flatMap((node) => known.get(node) ?? []);
+
+  // The results stand below the ^C that the terminal shows.
+  if (interrupt && io.isErrTerminal) await io.err("\n");
+  if (flags.json) await io.out(resultsJson(call, results));
+  if (flags.gather) await printGathered(call, results, { banners });
+  await printCommandSummary(call, results, { total: nodes.length });
+
+  if (interrupt) throw interrupt;
+  return results.every(({ failure }) => !failure) ? 0 : 1;
+}
+
+function resultsJson(call: Call, results: readonly CommandResult[]): string {
+  const items = results.map(({ node, failure, ...outcome }) => ({
+    name: node.name,
+    ...outcome,
+    failure: failure ?? null,
+  }));
+  return jsonDocument(call, { key: "nodes", items });
+}
+
+type OutputStream = "stdout" | "stderr";
+
+/** Shows what nodes write while their commands run. */
+interface OutputView {
+  print(
+    node: ClusterNode,
+    stream: OutputStream,
+    text: string,
+  ): Promise<void> | void;
+  /** Shows what is left of a node that has ended. */
+  end(node: ClusterNode): Promise<void> | void;
+}
+
+function viewOf(
+  { flags, io }: Call,
+  { printer, banners }: { printer: LinePrinter; banners: BannerPrinter },
+): OutputView | undefined {
+  const isLive = !flags.json && !flags.gather;
+
+  if (isLive) return printer;
+  if (io.isErrTerminal) return banners;
+  return undefined;
+}
+
+/** The longest unfinished line that is buffered, in characters. */
+const MAX_LINE_LENGTH = 1024 * 1024;
+
+/** What a stream of a node has written since its last newline. */
+interface OpenLine {
+  /** The part that is not printed so far. */
+  rest: string;
+  /** True if a part is printed already: the next one goes on from there. */
+  isBegun: boolean;
+}
+
+/**
+ * Prints each line as soon as it is complete, under the name of its node.
+ *
+ * A line too long to keep is printed in parts. Until it ends, the output of
+ * the other nodes waits, so that they do not tear it, and no memory grows.
+ */
+class LinePrinter implements OutputView {
+  readonly #io: Io;
+  readonly #beforeOutput: () => void;
+  readonly #lines = new Map<ClusterNode, Record<OutputStream, OpenLine>>();
+  #midLine: ClusterNode | undefined;
+  #lineEnded = Promise.withResolvers<void>();
+
+  constructor(io: Io, beforeOutput: () => void) {
+    this.#io = io;
+    this.#beforeOutput = beforeOutput;
+  }
+
+  /** True if the last line on the screen is not complete. */
+  get isMidLine(): boolean {
+    return this.#midLine !== undefined;
+  }
+
+  async print(
+    node: ClusterNode,
+    stream: OutputStream,
+    text: string,
+  ): Promise<void> {
+    const line = this.#linesOf(node)[stream];
+    line.rest += text;
+
+    const isReady = text.includes("\n") || line.rest.length > MAX_LINE_LENGTH;
+    if (!isReady) return;
+
+    while (this.#midLine !== undefined && this.#midLine !== node) {
+      await this.#lineEnded.promise;
+    }
+    await this.#write(node, stream);
+  }
+
+  async end(node: ClusterNode): Promise<void> {
+    const lines = this.#linesOf(node);
+
+    for (const stream of ["stdout", "stderr"] as const) {
+      const { rest, isBegun } = lines[stream];
+      if (rest !== "" || isBegun) await this.print(node, stream, "\n");
+    }
+    this.#lines.delete(node);
+  }
+
+  async #write(node: ClusterNode, stream: OutputStream): Promise<void> {
+    const lines = this.#linesOf(node);
+    const line = lines[stream];
+    const text = takePrintable(line);
+    if (text === "") return;
+
+    const prefix = `${escapeText(node.name)}: `;
+    const isComplete = text.endsWith("\n");
+    const body = isComplete ? text.slice(0, -1) : text;
+    const prefixed = escapeLines(body).split("\n").join(`\n${prefix}`);
+    const begin = line.isBegun ? "" : prefix;
+    const end = isComplete ? "\n" : "";
+
+    line.isBegun = !isComplete;
+    const isMidLine = lines.stdout.isBegun || lines.stderr.isBegun;
+    if (isMidLine) {
+      this.#midLine = node;
+    } else {
+      this.#endLine();
+    }
+
+    this.#beforeOutput();
+    const output = begin + prefixed + end;
+    if (stream === "stdout") await this.#io.out(output);
+    else await this.#io.err(output);
+  }
+
+  #endLine(): void {
+    if (this.#midLine === undefined) return;
+
+    this.#midLine = undefined;
+    this.#lineEnded.resolve();
+    this.#lineEnded = Promise.withResolvers();
+  }
+
+  #linesOf(node: ClusterNode): Record<OutputStream, OpenLine> {
+    const known = this.#lines.get(node);
+    if (known) return known;
+
+    const lines = {
+      stdout: { rest: "", isBegun: false },
+      stderr: { rest: "", isBegun: false },
+    };
+    this.#lines.set(node, lines);
+    return lines;
+  }
+}
+
+/**
+ * Takes the complete lines, and what follows them if it is too long to keep.
+ */
+function takePrintable(line: OpenLine): string {
+  let end = line.rest.lastIndexOf("\n") + 1;
+
+  if (line.rest.length - end > MAX_LINE_LENGTH) {
+    // A carriage return may be the first half of a line's end.
+    const isHalf = line.rest.endsWith("\r");
+    end = isHalf ? line.rest.length - 1 : line.rest.length;
+  }
+
+  const text = line.rest.slice(0, end);
+  line.rest = line.rest.slice(end);
+  return text;
+}
+
+/** How long stderr is held back, in milliseconds: the node may end by then. */
+const BANNER_DELAY_MS = 1000;
+
+/**
+ * Prints what comes on stderr while outputs are collected: it may ask a person
+ * to act, as the login URL of Tailscale does.
+ *
+ * What a node says within its last second is left to the collected output, so
+ * that forty nodes that refuse at once are still one line.
+ */
+class BannerPrinter implements OutputView, Disposable {
+  readonly #printer: LinePrinter;
+  readonly #waiting = new Map<ClusterNode, Banner>();
+  readonly #shown = new Set<ClusterNode>();
+
+  constructor(printer: LinePrinter) {
+    this.#printer = printer;
+  }
+
+  /** True if the stderr of a node was on the screen already. */
+  hasShown(node: ClusterNode): boolean {
+    return this.#shown.has(node);
+  }
+
+  async print(
+    node: ClusterNode,
+    stream: OutputStream,
+    text: string,
+  ): Promise<void> {
+    if (stream === "stdout") return;
+    if (this.#shown.has(node)) {
+      return await this.#printer.print(node, stream, text);
+    }
+
+    const banner = this.#bannerOf(node);
+    banner.text += text;
+    if (banner.text.length > MAX_LINE_LENGTH) await this.#show(node);
+  }
+
+  async end(node: ClusterNode): Promise<void> {
+    this.#forget(node);
+    await this.#printer.end(node);
+  }
+
+  [Symbol.dispose](): void {
+    for (const node of this.#waiting.keys()) this.#forget(node);
+  }
+
+  #bannerOf(node: ClusterNode): Banner {
+    const known = this.#waiting.get(node);
+    if (known) return known;
+
+    // If stderr is closed, the next write says so.
+    const show = () => this.#show(node).catch(() => {});
+    const banner = { text: "", timer: setTimeout(show, BANNER_DELAY_MS) };
+    this.#waiting.set(node, banner);
+    return banner;
+  }
+
+  async #show(node: ClusterNode): Promise<void> {
+    const { text } = this.#bannerOf(node);
+
+    this.#forget(node);
+    this.#shown.add(node);
+    await this.#printer.print(node, "stderr", text);
+  }
+
+  #forget(node: ClusterNode): void {
+    clearTimeout(this.#waiting.get(node)?.timer);
+    this.#waiting.delete(node);
+  }
+}
+
+interface Banner {
+  text: string;
+  readonly timer: ReturnType<typeof setTimeout>;
+}
+
+/** Prints each distinct outcome once, stdout to stdout and stderr to stderr. */
+async function printGathered(
+  call: Call,
+  results: readonly CommandResult[],
+  { banners }: { banners: BannerPrinter },
+): Promise<void> {
+  const { io, flags } = call;
+  const groups = foldEqual(results, (result, mask) => {
+    const { exitCode, signal, failure, stdout, stderr } = result;
+    const said = mask(stderr);
+    return JSON.stringify([exitCode, signal, failure?.code, stdout, said]);
+  });
+
+  for (const group of groups) {
+    const { stdout, stderr, failure, truncated } = group[0]!;
+    const isSilent = stdout === "" && stderr === "" && !failure;
+    if (isSilent && flags.quiet) continue;
+
+    const count = group.length > 1 ? ` (${group.length})` : "";
+    const names = `--- ${foldNodes(group.map(nodeOf))}${count}`;
+    const reason = failure ? `: ${reasonOf(failure)}` : "";
+    const head = paint(io, BOLD, escapeText(names + reason));
+    const cut = truncated ? "[cut at 1 MiB]\n" : "";
+    await io.out(`${head}\n${escapeLines(withNewline(stdout) + cut)}`);
+
+    const isShown = group.every(({ node }) => banners.hasShown(node)) ||
+      quotesStderr(group[0]!);
+    if (stderr !== "" && !isShown) {
+      const lines = escapeLines(withNewline(stderr));
+      await io.err(`${escapeText(names)}, stderr\n${lines}`);
+    }
+  }
+}
+
+function withNewline(text: string): string {
+  return text === "" || text.endsWith("\n") ? text : `${text}\n`;
+}
+
+/** The most reasons that a summary spells out. */
+const MAX_REASONS = 10;
+
+async function printCommandSummary(
+  call: Call,
+  results: readonly CommandResult[],
+  { total }: { total: number },
+): Promise<void> {
+  const { io, flags, inventory } = call;
+  const failed = results.filter(({ failure }) => failure);
+  const lines: string[] = [];
+
+  if (!flags.quiet) {
+    const passed = results.length - failed.length;
+    lines.push(`${passed} of ${total} returned 0, ${inventory.origin}`);
+  }
+  lines.push(...failureLines(failed));
+  if (results.length < total) {
+    lines.push(`${plural(total - results.length, "node")} not started`);
+  }
+
+  if (lines.length > 0) await warn(io, lines.join("\n"));
+}
+
+/** Folds failures by their reason or, if those are too many, by their code. */
+function failureLines(failed: readonly CommandResult[]): string[] {
+  const byReason = foldEqual(failed, ({ failure }, mask) => {
+    return mask(reasonOf(failure));
+  });
+
+  if (byReason.length <= MAX_REASONS) {
+    return byReason.map((group) => {
+      const names = foldNodes(group.map(nodeOf));
+      return `${names}: ${reasonOf(group[0]!.failure)}`;
+    });
+  }
+
+  const byCode = Map.groupBy(failed, ({ failure }) => failure!.code);
+  return Array.from(byCode, ([code, group]) => {
+    return `${foldNodes(group.map(nodeOf))}: ${code}`;
+  });
+}
+
+type Mask = (text: string) => string;
+
+/**
+ * Groups results by a key: those whose keys are equal, and those whose keys
+ * differ only in the node's own name and address, which a mask takes out.
+ */
+function foldEqual(
+  results: readonly CommandResult[],
+  keyOf: (result: CommandResult, mask: Mask) => string,
+): CommandResult[][] {
+  // Raw first: masking alone would split equal outputs that name one node.
+  const equal = Map.groupBy(results, (result) => {
+    return keyOf(result, (text) => text);
+  });
+  const alike = Map.groupBy(equal.values(), (group) => {
+    const first = group[0]!;
+    return keyOf(first, maskOf(first.node));
+  });
+
+  return Array.from(alike.values(), (groups) => groups.flat());
+}
+
+/**
+ * Makes a mask for what ssh calls a node: its name or an address of it, as in
+ * `[10.0.0.1]:2201`, `root@10.0.0.1` and `10.0.0.1 port 22`.
+ */
+function maskOf(node: ClusterNode): Mask {
+  // A name may begin with another one.
+  const names = [node.name, ...node.addresses]
+    .toSorted((a, b) => b.length - a.length)
+    .map(RegExp.escape)
+    .join("|");
+  const own = new RegExp(
+    `(?<![\\w.:-])(?:[\\w.-]+@)?\\[?(?:${names})\\]?` +
+      "(?:(?::| port )\\d+)?(?![\\w-])",
+    "g",
+  );
+
+  return (text) => text.replace(own, "<node>");
+}
+
+// --- validate ---
 
 const VALIDATE: Command = {
   name: "validate",
   summary: "list every problem and every warning in the inventory",
   usage: "[options]",
   options: ["config", "strict", ...COMMON],
+  help: { quiet: "print problems and warnings only" },
   notes: "Exit code 0: no problem (--strict: and no warning); 2: there is one.",
-  examples: ["cluster-hosts validate", "cluster-hosts validate --strict --config new_hosts.yaml"],
-  async run(call) {
-    const { flags, io } = call;
-    const { origin, errors, warnings } = await findProblems(call);
-    const told = warnings.map((warning) => ({ ...warning, message: `warning: ${warning.message}` }));
-    const lines = [...errors, ...told].map((problem) => formatConfigProblem(problem, origin));
-    const count = (number: number, word: string) => `${number || "no"} ${word}${number === 1 ? "" : "s"}`;
-    const found = count(errors.length, "problem") + (errors.length > 0 ? "" : `, ${count(told.length, "warning")}`);
-    if (flags.json) io.out(`${toJson({ ...jsonHead(call, origin), errors, warnings })}\n`);
-    else io.out(linesOf(flags.quiet ? lines : [...lines, `${found}, ${origin}`]));
-    return errors.length > 0 || (flags.strict && warnings.length > 0) ? 2 : 0;
+  examples: [
+    "cluster-hosts validate",
+    "cluster-hosts validate --strict --config new_hosts.yaml",
+  ],
+  takesNodes: false,
+  inventory: "own",
+
+  async run(request) {
+    const { flags, io } = request;
+    const { origin, problems, warnings } = await inspectInventory(request);
+    const faults = flags.strict ? [...problems, ...warnings] : problems;
+    const exitCode = faults.length > 0 ? 2 : 0;
+
+    if (flags.json) {
+      const document = {
+        ...jsonHead({ flags, inventory: { origin, isFallback: false } }),
+        errors: problems.map(problemJson),
+        warnings: warnings.map(problemJson),
+      };
+      await io.out(`${toJson(document)}\n`);
+      return exitCode;
+    }
+
+    const lines = [
+      ...problems,
+      ...warnings.map((warning) => ({
+        ...warning,
+        message: `warning: ${warning.message}`,
+      })),
+    ].map((problem) => formatConfigProblem(problem, origin));
+    await io.out(linesOf(lines));
+
+    if (!flags.quiet) {
+      const found = [
+        countOf(problems, "problem"),
+        countOf(warnings, "warning"),
+      ];
+      await warn(io, `${found.join(", ")}, ${origin}`);
+    }
+    return exitCode;
   },
 };
 
-async function findProblems(call: Call) {
+function countOf(problems: readonly ConfigProblem[], noun: string): string {
+  return problems.length > 0 ? plural(problems.length, noun) : `no ${noun}s`;
+}
+
+interface Inspection {
+  readonly origin: string;
+  readonly problems: readonly ConfigProblem[];
+  readonly warnings: readonly ConfigProblem[];
+}
+
+/**
+ * Inspects the inventory. That it cannot be read is a problem like any other.
+ */
+async function inspectInventory(request: Invocation): Promise<Inspection> {
   try {
-    const { text, origin, exists } = await readInventory(call);
-    if (!exists) return { origin, errors: [{ path: "", message: "there is no such file" }], warnings: [] };
-    const { problems: errors, warnings } = validateHostsConfig(text);
-    return { origin, errors, warnings };
+    const { text, origin, exists } = await readInventory(request);
+    if (!exists) return unreadable(missingInventory());
+
+    const { problems, warnings } = inspectConfig(text, origin);
+    return { origin, problems, warnings };
   } catch (error) {
     if (!(error instanceof HostsConfigError)) throw error;
-    const named = call.flags.config === "-" ? "stdin" : call.flags.config;
-    const origin = named ?? readVariable("RINGRIFT_HOSTS_CONFIG") ?? DEFAULT_CONFIG_PATH;
-    return { origin, errors: error.problems, warnings: [] };
+    return unreadable(error);
   }
 }
+
+function unreadable({ origin, problems }: HostsConfigError): Inspection {
+  return { origin, problems, warnings: [] };
+}
+
+function problemJson(problem: ConfigProblem) {
+  const { path, message, line = null, column = null } = problem;
+  return { path, message, line, column };
+}
+
+// --- export ---
 
 const EXPORT: Command = {
   name: "export",
   summary: "print the inventory for Ansible, Prometheus or ssh",
   usage: "ansible|prometheus|ssh-config [NODE...] [options]",
   kinds: ["ansible", "prometheus", "ssh-config"],
-  options: [...SELECTION, "port", "path", "list", "help"],
-  help: { path: "prometheus: this path (default: each status_path)" },
-  notes: "A Prometheus target is HOST:PORT; its __param_target is the whole URL that is\nchecked. Exit code 0: " +
-    "printed; 2: a node cannot be named in that format.",
-  examples: ["cluster-hosts export prometheus > targets.json", "cluster-hosts export ssh-config > ~/.ssh/cluster"],
-  run(call) {
-    const { kind, flags, io } = call;
-    if (kind !== "ansible" && flags.list) throw new Error("--list is for export ansible");
-    const isTarget = flags.port !== undefined || flags.path !== undefined;
-    if (kind !== "prometheus" && isTarget) throw new Error("--port and --path are for export prometheus");
-    const formats = { ansible: ansibleInventory, prometheus: prometheusTargets, "ssh-config": sshConfig };
-    io.out(formats[kind as keyof typeof formats](select(call), call));
-    return Promise.resolve(0);
+  options: [...SELECTION, "port", "path", "help"],
+  help: {
+    port: "prometheus: this port (default: each data server)",
+    path: "prometheus: this path (default: each status_path)",
   },
-};
+  notes:
+    "A Prometheus target is HOST:PORT; its __param_target is the URL that status\n" +
+    "checks. Exit code 0: printed; 2: nothing printed, a node cannot be named there.",
+  examples: [
+    "cluster-hosts export prometheus > targets.json",
+    "cluster-hosts export ssh-config > ~/.ssh/cluster",
+  ],
+  takesNodes: true,
+  inventory: "required",
 
-function ansibleInventory(nodes: readonly ClusterNode[]): string {
-  const labels = nodes.flatMap((node) =>
-    (["role", "status", "gpu"] as const).filter((kind) => node[kind] !== "").map((kind) => ({
-      group: `${kind}_${node[kind]}`.replace(/[^A-Za-z0-9_]/g, "_"),
-      label: `${kind} "${node[kind]}"`,
-      host: node.name,
-    }))
-  );
-  const groups = Map.groupBy(labels, ({ group }) => group);
-  for (const [group, members] of groups) {
-    const [first, second] = new Set(members.map(({ label }) => label));
-    if (second) throw new Error(`Cannot name the Ansible groups: ${first} and ${second} would both be ${group}`);
-  }
-  const inventory = {
-    _meta: { hostvars: Object.fromEntries(nodes.map((node) => [node.name, ansibleVariables(node)])) },
-    all: { children: ["ungrouped", ...groups.keys()] },
-    ...Object.fromEntries([...groups].map(([name, list]) => [name, { hosts: list.map(({ host }) => host) }])),
-  };
-  return `${toJson(inventory, 2)}\n`;
-}
+  check({ kind, flags }) {
+    const hasTarget = flags.port !== undefined || flags.path !== undefined;
+    if (kind === "prometheus" || !hasTarget) return undefined;
 
-function ansibleVariables(node: ClusterNode): Record<string, unknown> {
-  const { host: ansible_host, port: ansible_port } = sshEndpoints(node)[0] ?? {};
-  const { sshUser: ansible_user, sshKey: ansible_ssh_private_key_file, entry } = node;
-  return { ansible_host, ansible_user, ansible_port, ansible_ssh_private_key_file, ...entry };
-}
+    return "--port and --path are for export prometheus";
+  },
 
-function prometheusTargets(nodes: readonly ClusterNode[], { flags: { port, path }, io }: Call): string {
-  const missing = nodes.filter((node) => dataEndpoints(node, port).length === 0);
-  if (missing.length > 0) warn(io, `${foldNames(missing.map(nameOf))}: left out, without an address`);
-  const targets = nodes.flatMap((node) => {
-    const { name, role, status, gpu } = node;
-    const pathname = statusPath(node, { port, path });
-    return dataEndpoints(node, port).slice(0, 1).map((endpoint) => ({
-      targets: [hostPort(endpoint.host, endpoint.port)],
-      labels: { node: name, role, status, gpu, __param_target: endpointUrl(endpoint, pathname) },
-    }));
-  });
-  return `${toJson(targets, 2)}\n`;
-}
-
-function sshConfig(nodes: readonly ClusterNode[]): string {
-  // What ssh takes for a pattern or a comment, or refuses as a host name.
-  const unusable = nodes.filter(({ name }) => /^-|[\s*?!#,'"`$\\;&<>|(){}]/.test(name) || escapeText(name) !== name);
-  if (unusable.length > 0) {
-    const names = unusable.map(({ name }) => JSON.stringify(name)).join(", ");
-    throw new Error(`Cannot be a Host of ssh_config: ${names}; rename them, or leave them out with --exclude`);
-  }
-  const quoted = (text: string) => /^[\w.:@~/+-]+$/.test(text) ? text : `"${text.replaceAll("\\", "\\\\")}"`;
-  return nodes.map((node) => {
-    const [endpoint] = sshEndpoints(node);
-    if (!endpoint) return `# ${node.name}: no address\n`;
-    const key = node.sshKey ? `  IdentityFile ${quoted(node.sshKey)}\n` : "";
-    const target = `  HostName ${endpoint.host}\n  User ${quoted(node.sshUser)}\n  Port ${endpoint.port}\n`;
-    return `Host ${quoted(node.name)}\n${target}${key}`;
-  }).join("\n");
-}
-
-const PERMISSIONS: Command = {
-  name: "permissions",
-  summary: "print the minimum Deno flags with which a command runs",
-  usage: "COMMAND [its arguments]",
-  options: ["config", "help"],
-  notes: "For this inventory, on one line, as `deno run $(...) URL COMMAND` takes it.",
-  examples: ["cluster-hosts permissions status", "cluster-hosts permissions wait 'gpu-*' --port 22"],
   async run(call) {
-    const { io, words: [name, ...words] } = call;
-    if (name === undefined) throw new Error("permissions needs a command: cluster-hosts permissions status");
-    const command = findCommand(name, words);
-    const asked = takeKind({ ...call, words }, command);
-    const reading = await readingNeeds(asked, command);
-    const { net = [], env = [], sys = [], run = [] } = await command.needs?.(asked) ?? {};
-    const endpoints = [...reading.net, ...net];
-    const lists = [["read", reading.read], ["env", [...reading.env, ...env]], ["sys", sys], ["run", run]] as const;
-    const flags = lists.map(([kind, list]) => list.length > 0 ? `--allow-${kind}=${list}` : "");
-    flags.splice(1, 0, endpoints.length > 0 ? netFlag(endpoints) : "");
-    const isWide = flags.includes("--allow-net");
-    if (isWide) warn(io, `${endpoints.length} endpoints do not fit into one flag: --allow-net permits every host`);
-    io.out(`${flags.filter((flag) => flag !== "").join(" ")}\n`);
+    const { kind, io } = call;
+    const nodes = select(call);
+    requireExportableNames(nodes);
+
+    if (kind === "ansible") {
+      await io.out(ansibleInventory(call, nodes));
+    } else if (kind === "ssh-config") {
+      await io.out(nodes.map(sshConfigHost).join("\n"));
+    } else {
+      await exportPrometheus(call, nodes);
+    }
     return 0;
   },
 };
 
-/** What reading the inventory takes. */
-async function readingNeeds({ flags, inventory: { config, origin } }: Call, command: Command) {
-  const isUnified = command !== VALIDATE && await readsUnifiedConfig(config);
-  const env = [...(flags.config ? [] : ["RINGRIFT_HOSTS_CONFIG"]), ...(isUnified ? ["RINGRIFT_CONFIG_PATH"] : [])];
-  const unified = isUnified ? readVariable("RINGRIFT_CONFIG_PATH") : undefined;
-  const isUrl = /^https?:/i.test(origin);
-  const net = isUrl ? dataEndpoints(new ClusterNode({ name: "-", dataServerUrl: new URL(origin).origin })) : [];
-  const path = /^file:/i.test(origin) ? decodeURIComponent(new URL(origin).pathname) : origin;
-  const read = [...(isUrl || flags.config === "-" ? [] : [path]), ...(unified ? [unified] : [])];
-  const split = read.find((path) => /[\s,'"$`\\*?[]/.test(path));
-  if (split !== undefined) throw new Error(`Cannot print a flag for ${JSON.stringify(split)}: a shell would split it`);
+/** Matches names that ssh, scp or a pattern of Ansible would misread. */
+const MISREAD = /^[-~]|[\s*?!#,'"`$\\;&<>|(){}[\]@:]/;
+
+/**
+ * Refuses names that another tool would read differently, in every format: a
+ * node is called the same in all of them.
+ */
+function requireExportableNames(nodes: readonly ClusterNode[]): void {
+  const isMisread = (name: string) =>
+    MISREAD.test(name) || escapeText(name) !== name;
+  const misread = nodes.map(nameOf).filter(isMisread);
+
+  if (misread.length > 0) {
+    const names = misread.map((name) => JSON.stringify(name)).join(", ");
+    throw new Error(
+      `Cannot export ${names}: ssh or Ansible would read the name as ` +
+        "something else; rename them, or leave them out with --exclude",
+    );
+  }
+}
+
+/** True if the node's ssh_options set a key of ssh_config(5). */
+function setsOption({ sshOptions }: ClusterNode, key: string): boolean {
+  const start = `${key.toLowerCase()}=`;
+  return sshOptions.some((option) => option.toLowerCase().startsWith(start));
+}
+
+function ansibleInventory(
+  { inventory: { config } }: Call,
+  nodes: readonly ClusterNode[],
+): string {
+  const groups = ansibleGroups(nodes);
+  const hostvars = nodes.map((node) => {
+    const own = { ...config.defaults, ...node.entry };
+    return [node.name, inert({ ...ansibleVariables(node), ...own })];
+  });
+  const members = Array.from(groups, ([group, labels]) => [
+    group,
+    { hosts: labels.map(({ host }) => host) },
+  ]);
+
+  const inventory = {
+    _meta: { hostvars: Object.fromEntries(hostvars) },
+    all: { children: ["ungrouped", ...groups.keys()] },
+    ...Object.fromEntries(members),
+  };
+  return `${toJson(inventory, 2)}\n`;
+}
+
+/** A node's membership in a group: `host` is in it because of its `label`. */
+interface GroupLabel {
+  readonly group: string;
+  readonly label: string;
+  readonly host: string;
+}
+
+/**
+ * Groups the nodes by role, status and GPU, under names that Ansible accepts.
+ *
+ * @throws {Error} if two values give one group, or a node is called like one
+ */
+function ansibleGroups(
+  nodes: readonly ClusterNode[],
+): Map<string, GroupLabel[]> {
+  const labels = nodes.flatMap((node) => {
+    const kinds = (["role", "status", "gpu"] as const)
+      .filter((kind) => node[kind] !== "");
+
+    return kinds.map((kind) => ({
+      group: `${kind}_${node[kind]}`.replace(/[^A-Za-z0-9_]/g, "_"),
+      label: `${kind} ${JSON.stringify(node[kind])}`,
+      host: node.name,
+    }));
+  });
+  const groups = Map.groupBy(labels, ({ group }) => group);
+
+  const faults: string[] = [];
+  for (const [group, members] of groups) {
+    const distinct = [...new Set(members.map(({ label }) => label))];
+    if (distinct.length > 1) {
+      faults.push(`${distinct.join(" and ")} would both be ${group}`);
+    }
+  }
+  for (const { name } of nodes) {
+    const isGroup = groups.has(name) || ["all", "ungrouped"].includes(name);
+    if (isGroup) faults.push(`the node ${name} is called like a group`);
+  }
+
+  if (faults.length > 0) {
+    throw new Error(`Cannot name the Ansible groups: ${faults.join("; ")}`);
+  }
+  return groups;
+}
+
+function ansibleVariables(node: ClusterNode): Record<string, unknown> {
+  const [endpoint] = sshEndpoints(node);
+  const options = node.sshOptions.flatMap((option) => ["-o", option]);
+  const variables: Record<string, unknown> = {};
+
+  if (endpoint) variables.ansible_host = endpoint.host;
+  // Ansible puts these before its ssh arguments, and the first value wins.
+  if (!setsOption(node, "User")) variables.ansible_user = node.sshUser;
+  if (endpoint && !setsOption(node, "Port")) {
+    variables.ansible_port = endpoint.port;
+  }
+  if (node.sshKey !== undefined && !setsOption(node, "IdentityFile")) {
+    variables.ansible_ssh_private_key_file = node.sshKey;
+  }
+  if (node.sshKey !== undefined && !setsOption(node, "IdentitiesOnly")) {
+    options.push("-o", "IdentitiesOnly=yes");
+  }
+  if (options.length > 0) {
+    variables.ansible_ssh_common_args = options.map(shellQuote).join(" ");
+  }
+
+  return variables;
+}
+
+/**
+ * Marks each text that Ansible would run as a template, so that it stays text.
+ */
+function inert(value: unknown): unknown {
+  if (typeof value === "string") {
+    const isTemplate = /\{[{%#]/.test(value);
+    return isTemplate ? { __ansible_unsafe: value } : value;
+  }
+  if (Array.isArray(value)) return value.map(inert);
+  if (typeof value !== "object" || value === null) return value;
+
+  const entries = Object.entries(value);
+  return Object.fromEntries(entries.map(([key, item]) => [key, inert(item)]));
+}
+
+async function exportPrometheus(
+  call: Call,
+  nodes: readonly ClusterNode[],
+): Promise<void> {
+  const { io, flags: { port, path } } = call;
+  const missing: ClusterNode[] = [];
+  const targets: unknown[] = [];
+
+  for (const node of nodes) {
+    const [endpoint] = dataEndpoints(node, port);
+    if (!endpoint) {
+      missing.push(node);
+      continue;
+    }
+
+    const { name, role, status, gpu } = node;
+    const url = endpointUrl(endpoint, statusPath(node, { port, path }));
+    targets.push({
+      targets: [hostPort(endpoint.host, endpoint.port)],
+      labels: { node: name, role, status, gpu, __param_target: url },
+    });
+  }
+
+  if (missing.length > 0) await warn(io, leftOut(missing));
+  await io.out(`${toJson(targets, 2)}\n`);
+}
+
+function sshConfigHost(node: ClusterNode): string {
+  const [endpoint] = sshEndpoints(node);
+  if (!endpoint) return `# ${node.name}: no address\n`;
+
+  // ssh expands %h and the like in a HostName, and a zone begins with "%".
+  const settings: [key: string, value: string][] = [
+    ["HostName", endpoint.host.replaceAll("%", "%%")],
+    ["User", node.sshUser],
+    ["Port", String(endpoint.port)],
+  ];
+  if (node.sshKey !== undefined) {
+    settings.push(["IdentityFile", node.sshKey], ["IdentitiesOnly", "yes"]);
+  }
+
+  const lines = [`Host ${configQuote(node.name)}`];
+  for (const [key, value] of settings) {
+    if (!setsOption(node, key)) lines.push(`  ${key} ${configQuote(value)}`);
+  }
+  for (const option of node.sshOptions) {
+    lines.push(`  ${option.replace("=", " ")}`);
+  }
+  return linesOf(lines);
+}
+
+/**
+ * Quotes a word of ssh_config(5), where a "=" would separate. No name and no
+ * field that is exported holds a quotation mark.
+ */
+function configQuote(word: string): string {
+  return /^[\w.:@%~/+-]+$/.test(word) ? word : `"${word}"`;
+}
+
+// --- permissions ---
+
+const PERMISSIONS: Command = {
+  name: "permissions",
+  summary: "print the minimal Deno flags with which a command runs",
+  usage: "COMMAND [its arguments]",
+  options: ["config", "help"],
+  notes:
+    "Prints one line for `deno run $(...) URL COMMAND`, for this inventory. It takes\n" +
+    "the options of COMMAND; those that change only what is shown change nothing.",
+  examples: [
+    "cluster-hosts permissions status",
+    "cluster-hosts permissions wait 'gpu-*' --port 22",
+  ],
+  takesNodes: false,
+  takesCommand: true,
+  inventory: "required",
+
+  check({ about }) {
+    if (about) return undefined;
+    return "permissions needs a command: cluster-hosts permissions status";
+  },
+
+  async run(call) {
+    const { io } = call;
+    const command = call.about!;
+    const reading = await readingNeeds(call, command);
+    const needs = await command.needs?.(call) ?? {};
+
+    const net = [...reading.net, ...needs.net ?? []];
+    const env = [...reading.env, ...needs.env ?? []];
+    const flags = [
+      allowFlag("read", reading.read),
+      net.length > 0 ? netFlag(net) : undefined,
+      allowFlag("env", env),
+      allowFlag("sys", needs.sys ?? []),
+      allowFlag("run", needs.run ?? []),
+    ].filter((flag) => flag !== undefined);
+
+    if (flags.includes("--allow-net")) {
+      await warn(
+        io,
+        `${net.length} endpoints do not fit into one flag: ` +
+          "--allow-net permits every host",
+      );
+    }
+    await io.out(`${flags.join(" ")}\n`);
+    return 0;
+  },
+};
+
+function allowFlag(
+  kind: string,
+  values: readonly string[],
+): string | undefined {
+  return values.length > 0 ? `--allow-${kind}=${values.join(",")}` : undefined;
+}
+
+interface ReadingNeeds {
+  readonly read: readonly string[];
+  readonly net: readonly Endpoint[];
+  readonly env: readonly string[];
+}
+
+/** Lists what reading the inventory takes. */
+async function readingNeeds(
+  { flags, inventory }: Call,
+  command: Command,
+): Promise<ReadingNeeds> {
+  const { config, origin } = inventory;
+  const file = filePath(origin);
+  const read: string[] = [];
+  const net: Endpoint[] = [];
+  const env: string[] = [];
+
+  if (flags.config === undefined) env.push("RINGRIFT_HOSTS_CONFIG");
+
+  // The inventory was read: an origin that is not a path is a valid URL.
+  if ("problem" in file) {
+    net.push(urlEndpoint(origin));
+  } else if (flags.config !== "-") {
+    read.push(file.value);
+  }
+
+  // Another program's file may set the data port of every node; a command that
+  // reads the inventory itself does not look for it.
+  const hasNodes = command.inventory !== "own";
+  if (hasNodes && await readsUnifiedConfig(config)) {
+    const path = readVariable("RINGRIFT_CONFIG_PATH");
+    env.push("RINGRIFT_CONFIG_PATH");
+    if (path !== undefined) read.push(path);
+  }
+
+  requireUnsplit(read);
   return { read, net, env };
 }
 
-const COMMANDS: readonly Command[] = [STATUS, NODES, COORDINATOR, URLS, SSH, WAIT, VALIDATE, EXPORT, PERMISSIONS];
+function requireUnsplit(paths: readonly string[]): void {
+  const split = paths.find((path) => /[\s,'"$`\\*?[]/.test(path));
 
-type Cell = string | readonly [text: string, colour: number];
-
-/** The columns that can be cut, and to what width. One that is cut still counts as readable at 30. */
-const CUTTABLE: Readonly<Record<string, number>> = { NAME: 10, STATUS: 9, REASON: 12, NAMES: 8 };
-const READABLE_WIDTH = 30;
-
-const RIGHT_ALIGNED = ["SINCE", "LATENCY", "GAMES", "MEMORY", "CPUS", "NODES"];
-
-/** On a terminal, each row is one line of it, if need be without the columns to drop; in a pipe, nothing is cut. */
-function table(io: Io, titles: readonly string[], drop: readonly string[], rows: readonly (readonly Cell[])[]): string {
-  const lines = [titles.map((title): Cell => [title, 1]), ...rows].map((row) =>
-    row.map((cell) => {
-      const [text, colour] = typeof cell === "string" ? [cell, 0] : cell;
-      const shown = escapeText(text).replaceAll("\t", " ");
-      return { text: shown, width: textWidth(shown), colour };
-    })
-  );
-  const natural = titles.map((_, at) => lines.reduce((most, row) => Math.max(most, row[at]!.width), 0));
-  const widths = io.isTerminal ? fitWidths(titles, drop, natural, io.size().columns) : natural;
-  return lines.map((row) => {
-    const cells = row.flatMap(({ text, width, colour }, index) => {
-      if (widths[index] === 0) return [];
-      const shown = width > widths[index]! ? clip(text, widths[index]!) : text;
-      const padding = " ".repeat(widths[index]! - (shown === text ? width : textWidth(shown)));
-      const painted = paint(io, colour, shown);
-      return RIGHT_ALIGNED.includes(titles[index]!) ? padding + painted : painted + padding;
-    });
-    return `${cells.join("  ").trimEnd()}\n`;
-  }).join("");
+  if (split !== undefined) {
+    const quoted = JSON.stringify(split);
+    throw new Error(
+      `Cannot print a flag for ${quoted}: a shell would split it`,
+    );
+  }
 }
 
-/** The width of each column, 0 for those that are dropped. */
-function fitWidths(titles: readonly string[], drop: readonly string[], natural: readonly number[], room: number) {
-  const widths = [...natural];
-  const needed = (cut: number) =>
-    widths.reduce((sum, width, index) => {
-      const shown = titles[index]! in CUTTABLE ? Math.min(width, cut) : width;
-      return width === 0 ? sum : sum + 2 + shown;
-    }, -2);
-  for (const title of drop) if (needed(READABLE_WIDTH) > room) widths[titles.indexOf(title)] = 0;
-  // From the right: a reason can be guessed from its beginning, a name cannot.
-  for (const [index, title] of [...titles.entries()].reverse()) {
-    const least = Math.min(CUTTABLE[title] ?? Infinity, widths[index]!);
-    widths[index] = Math.max(least, widths[index]! - Math.max(0, needed(Infinity) - room));
+const COMMANDS: readonly Command[] = [
+  STATUS,
+  NODES,
+  COORDINATOR,
+  URLS,
+  SSH,
+  WAIT,
+  VALIDATE,
+  EXPORT,
+  PERMISSIONS,
+];
+
+// --- Tables and text width ---
+
+/** The text of a cell, with a colour of SGR if it has one. */
+type Cell = string | { readonly text: string; readonly colour: number };
+
+/** A column of a table, and what becomes of it on a narrow terminal. */
+interface Column {
+  readonly title: string;
+  readonly align?: "right";
+  /** Its turn to be dropped, lowest first. Without one, it is never dropped. */
+  readonly drop?: number;
+  /** True if it was asked for: it is cut before it is dropped, after others. */
+  readonly isAsked?: boolean;
+  /** The width that it can be cut to. Without one, it is never cut. */
+  readonly least?: number;
+  /** True if a terminal does without it where no row fills it. */
+  readonly dropsIfEmpty?: boolean;
+}
+
+/** A cell as it is drawn, before it is cut. */
+interface DrawnCell {
+  readonly text: string;
+  readonly width: number;
+  readonly colour: number;
+}
+
+/** A column as it is drawn. */
+interface DrawnColumn {
+  readonly column: Column;
+  /** True if no row says anything in it. */
+  readonly isEmpty: boolean;
+  /** The width that it is drawn at; 0 if it is dropped. */
+  width: number;
+}
+
+const COLUMN_GAP = 2;
+const BOLD = 1;
+
+interface TableOptions {
+  readonly io: Io;
+  /** The width that it fits on a terminal. By default, all of it. */
+  readonly width?: number;
+}
+
+/**
+ * Draws a table. On a terminal, each row is one line of it: columns are dropped
+ * and cut until they fit. In a pipe, all columns are there, and nothing is cut.
+ */
+function table(
+  columns: readonly Column[],
+  rows: readonly (readonly Cell[])[],
+  { io, width }: TableOptions,
+): string {
+  const titles = columns.map(({ title }) => ({ text: title, colour: BOLD }));
+  const lines = [titles, ...rows].map((row) => row.map(drawnCell));
+
+  const drawn = columns.map((column, index): DrawnColumn => {
+    const [title, ...cells] = lines.map((line) => line[index]!);
+    const isEmpty = cells.every(({ text }) => text === "" || text === "-");
+    const width = cells.reduce(
+      (most, cell) => Math.max(most, cell.width),
+      title!.width,
+    );
+    return { column, isEmpty, width };
+  });
+
+  if (io.isTerminal) fitColumns(drawn, width ?? io.size().columns);
+  return lines.map((line) => drawLine(io, drawn, line)).join("");
+}
+
+function drawnCell(cell: Cell): DrawnCell {
+  const { text, colour } = typeof cell === "string"
+    ? { text: cell, colour: 0 }
+    : cell;
+
+  const shown = escapeText(text).replaceAll("\t", " ");
+  return { text: shown, width: textWidth(shown), colour };
+}
+
+function drawLine(
+  io: Io,
+  columns: readonly DrawnColumn[],
+  cells: readonly DrawnCell[],
+): string {
+  const texts: string[] = [];
+
+  for (const [index, { column, width }] of columns.entries()) {
+    if (width === 0) continue;
+
+    const cell = cutCell(cells[index]!, width);
+    const padding = " ".repeat(width - cell.width);
+    const painted = paint(io, cell.colour, cell.text);
+    texts.push(column.align ? padding + painted : painted + padding);
   }
-  return widths;
+
+  const line = texts.join(" ".repeat(COLUMN_GAP));
+  return `${line.trimEnd()}\n`;
+}
+
+function cutCell(cell: DrawnCell, width: number): DrawnCell {
+  if (cell.width <= width) return cell;
+
+  const text = clip(cell.text, width);
+  return { ...cell, text, width: textWidth(text) };
+}
+
+/** The width at which a column that can be cut still says what matters. */
+const READABLE_WIDTH = 30;
+
+/** Drops and cuts columns until they fit into a line. */
+function fitColumns(columns: readonly DrawnColumn[], room: number): void {
+  for (const drawn of columns) {
+    if (drawn.isEmpty && drawn.column.dropsIfEmpty) drawn.width = 0;
+  }
+
+  const isAsked = ({ column }: DrawnColumn) => column.isAsked === true;
+  const inOrder = dropOrder(columns);
+  for (const drawn of inOrder.filter((it) => !isAsked(it))) {
+    if (neededWidth(columns, READABLE_WIDTH) > room) drawn.width = 0;
+  }
+  for (const drawn of inOrder.filter(isAsked)) {
+    if (neededWidth(columns, 0) > room) drawn.width = 0;
+  }
+
+  // From the right: a reason can be guessed from its beginning, a name cannot.
+  for (const drawn of columns.toReversed()) {
+    const excess = Math.max(0, neededWidth(columns) - room);
+    const least = drawn.column.least ?? drawn.width;
+    const most = Math.max(0, drawn.width - least);
+    drawn.width -= Math.min(excess, most);
+  }
+}
+
+/** Lists the columns that may be dropped: those that say nothing go first. */
+function dropOrder(columns: readonly DrawnColumn[]): DrawnColumn[] {
+  const turnOf = ({ column }: DrawnColumn) => column.drop ?? Infinity;
+
+  const sorted = columns
+    .filter(({ column }) => column.drop !== undefined)
+    .toSorted((a, b) => turnOf(a) - turnOf(b));
+
+  const empty = sorted.filter(({ isEmpty }) => isEmpty);
+  const filled = sorted.filter(({ isEmpty }) => !isEmpty);
+  return [...empty, ...filled];
+}
+
+/**
+ * Computes the width of a line if columns that can be cut are cut to `most`.
+ */
+function neededWidth(
+  columns: readonly DrawnColumn[],
+  most = Infinity,
+): number {
+  const shown = columns.filter(({ width }) => width > 0);
+  const gaps = COLUMN_GAP * Math.max(0, shown.length - 1);
+
+  return shown.reduce((sum, { column, width }) => {
+    const least = column.least ?? width;
+    return sum + Math.min(width, Math.max(least, most));
+  }, gaps);
 }
 
 const PRINTABLE_ASCII = /^[\x20-\x7e]*$/;
-const WIDE = /[\p{Emoji_Presentation}\p{Script=Han}\p{Script=Hangul}\u3000-\u30ff\ufe0f\uff01-\uff60\uffe0-\uffe6]/u;
+
+/**
+ * Matches what takes two columns: the ranges that Unicode's EastAsianWidth.txt
+ * calls wide or fullwidth, and emoji.
+ *
+ * `unicodeWidth` of @std/cli does not load from its build on npm, with which a
+ * checkout works.
+ */
+const WIDE = new RegExp(
+  "[\\p{Emoji_Presentation}\\ufe0f" +
+    // Hangul Jamo, the brackets of mathematics.
+    "\\u1100-\\u115f\\u2329\\u232a" +
+    // CJK radicals, Kana, Bopomofo, CJK ideographs, Yi.
+    "\\u2e80-\\u303e\\u3041-\\u3247\\u3250-\\ua4c6" +
+    // Hangul, compatibility ideographs, vertical and small forms.
+    "\\ua960-\\ua97c\\uac00-\\ud7a3\\uf900-\\ufaff\\ufe10-\\ufe19" +
+    "\\ufe30-\\ufe6b" +
+    // Fullwidth forms.
+    "\\uff01-\\uff60\\uffe0-\\uffe6" +
+    // Tangut, Khitan, Kana supplements, enclosed ideographs, more ideographs.
+    "\\u{16fe0}-\\u{18dff}\\u{1aff0}-\\u{1b2ff}\\u{1f200}-\\u{1f265}" +
+    "\\u{20000}-\\u{3fffd}]",
+  "u",
+);
+
+/** Matches combining marks and format characters alone. */
 const INVISIBLE = /^[\p{M}\p{Cf}]*$/u;
 
+/** Splits a text into what a reader takes for its characters. */
 function graphemes(text: string): string[] {
   if (PRINTABLE_ASCII.test(text)) return text.split("");
-  return Array.from(new Intl.Segmenter().segment(text), ({ segment }) => segment);
+
+  const segments = new Intl.Segmenter().segment(text);
+  return Array.from(segments, ({ segment }) => segment);
 }
 
+/** Counts the columns that a text takes on a terminal. */
 function textWidth(text: string): number {
   if (PRINTABLE_ASCII.test(text)) return text.length;
-  return graphemes(text).reduce((width, it) => width + (WIDE.test(it) ? 2 : INVISIBLE.test(it) ? 0 : 1), 0);
+  return graphemes(text).reduce((sum, it) => sum + graphemeWidth(it), 0);
 }
 
+function graphemeWidth(grapheme: string): number {
+  if (WIDE.test(grapheme)) return 2;
+  return INVISIBLE.test(grapheme) ? 0 : 1;
+}
+
+/** Cuts a text to a width; its last column then shows that it was cut. */
 function clip(text: string, width: number): string {
   if (textWidth(text) <= width) return text;
-  const kept = graphemes(text);
-  for (let room = width - 1 - textWidth(text); room < 0 && kept.length > 0;) room += textWidth(kept.pop()!);
-  return width > 0 ? `${kept.join("")}…` : "";
+  if (width <= 0) return "";
+
+  const kept: string[] = [];
+  let room = width - 1;
+
+  for (const grapheme of graphemes(text)) {
+    room -= graphemeWidth(grapheme);
+    if (room < 0) break;
+    kept.push(grapheme);
+  }
+
+  return `${kept.join("")}…`;
 }
 
-/** In a colour of SGR; 0 is none. */
+/** Colours a text where colours are shown: a colour of SGR, or 0 for none. */
 function paint(io: Io, colour: number, text: string): string {
-  return colour !== 0 && io.isTerminal && io.hasColour ? `\x1b[${colour}m${text}\x1b[0m` : text;
-}
-
-/** One line on a terminal's stderr that is drawn again and again, until it is hidden for a result or disposed of. */
-function liveLine({ io, flags }: Call, text: () => string): Disposable & { hide(): void } {
-  const isShown = !flags.quiet && io.isErrTerminal && io.hasCursor;
-  let shown = "";
-  const show = (next: string) => {
-    if (next !== shown) io.err(`\r${next}\x1b[K`);
-    shown = next;
-  };
-  // It leaves room for ^C.
-  const draw = () => show(clip(escapeText(text()), io.size().columns - 3));
-  if (isShown) draw();
-  const timer = isShown ? setInterval(draw, 250) : undefined;
-  const hide = () => show("");
-  return { hide, [Symbol.dispose]: () => (clearInterval(timer), hide()) };
-}
-
-const UNSAFE = /[\p{Cc}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/gu;
-
-/** Nothing that a node, a file or an error says may inject terminal escape sequences. */
-function escapeText(text: string): string {
-  if (PRINTABLE_ASCII.test(text)) return text;
-  return text.replace(UNSAFE, (it) => it === "\t" ? it : `\\u{${it.codePointAt(0)!.toString(16)}}`);
-}
-
-function escapeLines(text: string): string {
-  return text.split("\n").map((line) => escapeText(line.replace(/\r$/, ""))).join("\n");
-}
-
-function toJson(value: unknown, indent?: number): string {
-  // What JSON leaves as it is, a terminal may still obey.
-  const unsafe = /[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
-  const escape = (it: string) => `\\u${it.charCodeAt(0).toString(16).padStart(4, "0")}`;
-  return JSON.stringify(value, null, indent).replace(unsafe, escape);
-}
-
-/** One item a line: as good for `grep` and `diff` as for a parser. */
-function jsonDocument(call: Call, head: Record<string, unknown>, key: string, items: readonly unknown[]): string {
-  const lines = items.map((item) => `\n${toJson(item)}`).join(",");
-  return `${toJson({ ...jsonHead(call), ...head }).slice(0, -1)},"${key}":[${lines}${items.length > 0 ? "\n" : ""}]}\n`;
-}
-
-function jsonHead({ flags, inventory }: Call, origin = inventory.origin): Record<string, unknown> {
-  return { schemaVersion: 1, config: flags.config === "-" ? "-" : origin };
-}
-
-function shellQuote(text: string): string {
-  return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`;
-}
-
-function seconds(startedMs: number): string {
-  const ms = performance.now() - startedMs;
-  return `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 0)} s`;
-}
-
-function elapsed(startedMs: number): string {
-  const total = Math.floor((performance.now() - startedMs) / 1000);
-  if (total < 60) return `${total}s`;
-  return total < 3600 ? `${Math.floor(total / 60)}m` : `${Math.floor(total / 3600)}h`;
-}
-
-function paragraph(io: Io, text: string): string {
-  const line = linesOf([text]);
-  return io.isTerminal
-    ? line.replace(new RegExp(`(.{1,${io.size().columns}})(?: +|$)`, "gm"), "$1\n").trimEnd() + "\n"
-    : line;
+  const isPainted = colour !== 0 && io.isTerminal && io.hasColour;
+  return isPainted ? `\x1b[${colour}m${text}\x1b[0m` : text;
 }
 
 function linesOf(texts: readonly string[]): string {
   return texts.map((text) => `${escapeText(text)}\n`).join("");
 }
 
-function warn(io: Io, message: string): void {
-  io.err(linesOf(message.split("\n").map((line) => `cluster-hosts: ${line}`)));
+/** Returns `1 node`, `2 nodes`. */
+function plural(count: number, word: string): string {
+  return count === 1 ? `1 ${word}` : `${count} ${word}s`;
+}
+
+/** Returns `timeout: no connection within 5 s`; nothing without a failure. */
+function reasonOf(
+  failure: { readonly code: string; readonly message: string } | undefined,
+): string {
+  return failure ? `${failure.code}: ${failure.message}` : "";
+}
+
+/** Returns the time since a moment: `1.25 s`, from ten seconds on `12 s`. */
+function seconds(startedMs: number): string {
+  const total = (performance.now() - startedMs) / 1000;
+  const digits = total < 10 ? 2 : 0;
+  return `${total.toFixed(digits)} s`;
+}
+
+/** Returns the time since a moment in its largest unit: `59s`, `3m`, `2h`. */
+function elapsed(startedMs: number): string {
+  const total = Math.floor((performance.now() - startedMs) / 1000);
+
+  if (total < 60) return `${total}s`;
+  if (total < 3600) return `${Math.floor(total / 60)}m`;
+  return `${Math.floor(total / 3600)}h`;
+}
+
+// --- Live line ---
+
+const REDRAW_LINE_MS = 250;
+
+/** The columns that a live line leaves free: the terminal writes ^C there. */
+const LIVE_LINE_MARGIN = 3;
+
+/**
+ * Draws one line on a terminal's stderr again and again, until it is disposed
+ * of. `hide` makes room for a result; the next drawing brings the line back.
+ */
+function liveLine(
+  { io, flags }: Pick<Call, "io" | "flags">,
+  text: () => string,
+): Disposable & { hide(): void } {
+  const isDrawn = !flags.quiet && io.isErrTerminal && io.hasCursor;
+  let shown = "";
+  let isWriting = false;
+
+  const show = async (next: string) => {
+    if (next === shown) return;
+    shown = next;
+    isWriting = true;
+
+    try {
+      await io.err(`\r${next}\x1b[K`);
+    } catch {
+      // What cannot be written is said where the command writes a result.
+    } finally {
+      isWriting = false;
+    }
+  };
+
+  const draw = () => {
+    // A terminal that does not keep up must not fill the memory.
+    if (isWriting) return;
+
+    const room = io.size().columns - LIVE_LINE_MARGIN;
+    const line = escapeText(text());
+    void show(clip(line, room));
+  };
+
+  const hide = () => void show("");
+  if (!isDrawn) return { hide, [Symbol.dispose]: hide };
+
+  draw();
+  const timer = setInterval(draw, REDRAW_LINE_MS);
+
+  return {
+    hide,
+    [Symbol.dispose]() {
+      clearInterval(timer);
+      hide();
+    },
+  };
+}
+
+// --- Escaping and JSON ---
+
+/** Matches control and bidirectional characters, which a terminal obeys. */
+const UNSAFE = /[\p{Cc}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/gu;
+
+/** Escapes what would tell the terminal to do something; keeps tabs. */
+function escapeText(text: string): string {
+  if (PRINTABLE_ASCII.test(text)) return text;
+
+  return text.replace(UNSAFE, (character) => {
+    if (character === "\t") return character;
+    return `\\u{${character.codePointAt(0)!.toString(16)}}`;
+  });
+}
+
+/** Escapes a text of lines; a carriage return before the end of a line goes. */
+function escapeLines(text: string): string {
+  const lines = text.split("\n").map((line) => {
+    const content = line.endsWith("\r") ? line.slice(0, -1) : line;
+    return escapeText(content);
+  });
+  return lines.join("\n");
+}
+
+/** Matches what JSON leaves as it is, and a terminal obeys. */
+const UNSAFE_IN_JSON =
+  /[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
+
+function toJson(value: unknown, indent?: number): string {
+  return JSON.stringify(value, null, indent).replace(
+    UNSAFE_IN_JSON,
+    (character) => {
+      const code = character.charCodeAt(0).toString(16);
+      return `\\u${code.padStart(4, "0")}`;
+    },
+  );
+}
+
+/** Whose inventory a document is about. */
+interface JsonSource {
+  readonly flags: Flags;
+  readonly inventory: Pick<Inventory, "origin" | "isFallback">;
+}
+
+/** Returns the keys that every document begins with. */
+function jsonHead({ flags, inventory }: JsonSource): Record<string, unknown> {
+  const config = flags.config === "-" ? "-" : inventory.origin;
+  return { schemaVersion: 1, config: inventory.isFallback ? null : config };
+}
+
+interface JsonDocument {
+  /** Keys before the list. */
+  readonly head?: Record<string, unknown>;
+  /** The key of the list. */
+  readonly key: string;
+  readonly items: readonly unknown[];
+}
+
+/** Writes a document with one item a line, for `grep` as for a parser. */
+function jsonDocument(
+  source: JsonSource,
+  { head, key, items }: JsonDocument,
+): string {
+  const start = toJson({ ...jsonHead(source), ...head }).slice(0, -1);
+  const lines = items.map((item) => `\n${toJson(item)}`).join(",");
+  const end = items.length > 0 ? "\n]}" : "]}";
+  return `${start},${toJson(key)}:[${lines}${end}\n`;
+}
+
+/** Quotes a word for a shell, if it needs it. */
+function shellQuote(text: string): string {
+  const isPlain = /^[\w@%+=:,./-]+$/.test(text);
+  return isPlain ? text : `'${text.replaceAll("'", "'\\''")}'`;
+}
+
+// --- Terminal ---
+
+/** Codes with which a process ends after a signal. */
+const EXIT_CODES: Readonly<Partial<Record<Deno.Signal, number>>> = {
+  SIGINT: 130,
+  SIGTERM: 143,
+  SIGHUP: 129,
+};
+
+/** A signal that ended the work. */
+class Interrupt extends Error {
+  readonly signal: Deno.Signal;
+
+  constructor(signal: Deno.Signal) {
+    super(`Interrupted by ${signal}`);
+    this.signal = signal;
+  }
+}
+
+/**
+ * A stdout that is closed, as by `head`: the command ends quietly with 0, as
+ * what it has found out so far need not be all.
+ */
+class ClosedOutput extends Error {}
+
+/** Awaits work; returns the interrupt that ended it, if one did. */
+async function untilInterrupted(
+  work: Promise<unknown>,
+): Promise<Interrupt | undefined> {
+  try {
+    await work;
+    return undefined;
+  } catch (error) {
+    if (error instanceof Interrupt) return error;
+    throw error;
+  }
+}
+
+/** Opens the streams of this process. */
+function openTerminal(): Io {
+  const output = new Output();
+  const hasCursor = readVariable("TERM") !== "dumb";
+
+  return {
+    out: (text) => output.write(Deno.stdout, text),
+    err: (text) => output.writeProgress(text),
+    readStdin: () => new Response(Deno.stdin.readable).bytes(),
+    onSignal: (listener) => listenToSignals(listener, output),
+    size: terminalSize,
+    isTerminal: Deno.stdout.isTerminal(),
+    isErrTerminal: Deno.stderr.isTerminal(),
+    hasCursor,
+    hasColour: hasCursor && !Deno.noColor,
+  };
+}
+
+/** PIPE_BUF of Linux: a pipe takes that many bytes at once, or none of them. */
+const CHUNK_BYTES = 4096;
+const WOULD_BLOCK_DELAY_MS = 5;
+
+/** Writes to stdout and stderr in turn, since both may be one terminal. */
+class Output {
+  #last: Promise<void> = Promise.resolve();
+  /** Since when a chunk is being written, if one is. */
+  #sinceMs: number | undefined;
+
+  /** How long the chunk that is being written has been blocked. */
+  get blockedMs(): number {
+    return this.#sinceMs === undefined ? 0 : performance.now() - this.#sinceMs;
+  }
+
+  /**
+   * Writes a text after what was written before it.
+   *
+   * @throws {ClosedOutput} If nobody reads the stream any more.
+   */
+  write(sink: typeof Deno.stdout, text: string): Promise<void> {
+    const written = this.#last.then(() => this.#writeAll(sink, text));
+    this.#last = written.catch(() => {});
+    return written;
+  }
+
+  /** Writes to stderr. Where nobody reads it, the command goes on without. */
+  async writeProgress(text: string): Promise<void> {
+    try {
+      await this.write(Deno.stderr, text);
+    } catch (error) {
+      if (!(error instanceof ClosedOutput)) throw error;
+    }
+  }
+
+  /**
+   * Writes the whole text, even to a pipe that another process has made
+   * non-blocking. When such a pipe is full, `write` throws `WouldBlock` without
+   * saying how much it has written. A chunk of at most PIPE_BUF is written
+   * whole or not at all, so that it can be tried again.
+   *
+   * Asynchronous: a `writeSync` that blocks would hold up the signal listeners.
+   */
+  async #writeAll(sink: typeof Deno.stdout, text: string): Promise<void> {
+    const bytes = new TextEncoder().encode(text);
+    let written = 0;
+
+    while (written < bytes.length) {
+      const chunk = bytes.subarray(written, written + CHUNK_BYTES);
+      this.#sinceMs ??= performance.now();
+
+      try {
+        written += await sink.write(chunk);
+        this.#sinceMs = undefined;
+      } catch (error) {
+        if (!(error instanceof Deno.errors.WouldBlock)) {
+          throw outputError(error);
+        }
+        await delay(WOULD_BLOCK_DELAY_MS);
+      }
+    }
+  }
+}
+
+function outputError(cause: unknown): Error {
+  if (cause instanceof Deno.errors.BrokenPipe) return new ClosedOutput();
+  return new Error(`Cannot write the output: ${messageOf(cause)}`, { cause });
+}
+
+/** Returns the size of the terminal: 80×24 if it reports 0, not knowing it. */
+function terminalSize(): { columns: number; rows: number } {
+  const { columns, rows } = Deno.consoleSize();
+  return { columns: columns || 80, rows: rows || 24 };
+}
+
+/**
+ * How long a command may take after a signal to say what it knows. An ssh that
+ * does not end has half a second, and what it wrote another half: much longer
+ * on a busy machine.
+ */
+const GRACE_MS = 5000;
+
+/** How long it may take after a signal to write one chunk of it. */
+const BLOCKED_GRACE_MS = 500;
+
+/**
+ * Calls the listener at the first signal. Exits if the command does not end
+ * within its grace after that, if its output is blocked, or at a second signal.
+ */
+function listenToSignals(
+  listener: (signal: Deno.Signal) => void,
+  output: Output,
+): () => void {
+  let timer: ReturnType<typeof setInterval> | undefined;
+
+  const listeners = handledSignals().map((signal) => {
+    const exit = () => Deno.exit(EXIT_CODES[signal]);
+
+    const onSignal = () => {
+      const isSecond = timer !== undefined;
+      if (isSecond) exit();
+
+      const endMs = performance.now() + GRACE_MS;
+      timer = setInterval(() => {
+        const isBlocked = output.blockedMs > BLOCKED_GRACE_MS;
+        if (isBlocked || performance.now() > endMs) exit();
+      }, 100);
+      listener(signal);
+    };
+    return { signal, onSignal };
+  });
+
+  for (const { signal, onSignal } of listeners) {
+    Deno.addSignalListener(signal, onSignal);
+  }
+
+  return () => {
+    clearInterval(timer);
+    for (const { signal, onSignal } of listeners) {
+      Deno.removeSignalListener(signal, onSignal);
+    }
+  };
+}
+
+function handledSignals(): Deno.Signal[] {
+  if (Deno.build.os === "windows") return ["SIGINT"];
+  return Object.keys(EXIT_CODES) as Deno.Signal[];
+}
+
+/** Prints progress or an error, each line under the program's name. */
+async function warn(io: Io, message: string): Promise<void> {
+  const lines = message.split("\n").map((line) => `cluster-hosts: ${line}`);
+  await io.err(linesOf(lines));
 }
 
 function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
 
-if (import.meta.main) Deno.exit(await main(Deno.args));
+// --- main ---
+
+async function runLine(
+  line: Line,
+  { io, signal }: Pick<Invocation, "io" | "signal">,
+): Promise<number> {
+  const answer = immediateAnswer(line);
+  if (answer !== undefined) {
+    await io.out(answer);
+    return 0;
+  }
+  if (line.isEmpty) {
+    await io.err(generalHelp());
+    return 2;
+  }
+
+  const unsupported = unsupportedDeno();
+  if (unsupported) throw new Error(unsupported);
+
+  const { command, request } = readRequest(line, { io, signal });
+  if (command.inventory === "own") return await command.run(request);
+
+  const subject = request.about ?? command;
+  const mayFallBack = subject.inventory === "fallback";
+  const inventory = await loadInventory(request, { mayFallBack });
+  return await command.run({ ...request, inventory });
+}
+
+/** Says what ended a command, and returns the exit code. */
+async function reportError(io: Io, error: unknown): Promise<number> {
+  if (error instanceof ClosedOutput) return 0;
+  if (error instanceof Interrupt) return EXIT_CODES[error.signal] ?? 1;
+
+  try {
+    await warn(io, messageOf(error));
+  } catch {
+    // stderr is full: the exit code is all that is left to say it.
+  }
+  return 2;
+}
+
+/**
+ * Runs one command line, and resolves to its exit code: 0 if all is well, 1 if
+ * it is not, 2 for bad usage, a bad inventory or what could not be checked.
+ *
+ * @param io Streams to use instead of those of this process.
+ *
+ * @example Print the version
+ * ```ts
+ * import { main } from "@ringrift/cluster-hosts/cli";
+ *
+ * Deno.exitCode = await main(["--version"]);
+ * ```
+ */
+export async function main(
+  args: readonly string[],
+  io: Io = openTerminal(),
+): Promise<number> {
+  const controller = new AbortController();
+  const stopListening = io.onSignal((signal) => {
+    controller.abort(new Interrupt(signal));
+  });
+
+  try {
+    const { signal } = controller;
+    const exitCode = await runLine(parseLine(args), { io, signal });
+    signal.throwIfAborted();
+    return exitCode;
+  } catch (error) {
+    return await reportError(io, error);
+  } finally {
+    // Writes take turns: what nobody awaited, such as the end of a live line,
+    // is written when this is.
+    await io.err("");
+    stopListening();
+  }
+}
+
+if (import.meta.main) {
+  Deno.exit(await main(Deno.args));
+}
