@@ -9,7 +9,13 @@ import { ROOT } from "./process.ts";
 
 async function demo(): Promise<number> {
   await using _cluster = await startDemoCluster();
-  const args = ["status", "--config", "config/demo_hosts.yaml", "--timeout", "1"];
+  const args = [
+    "status",
+    "--config",
+    "config/demo_hosts.yaml",
+    "--timeout",
+    "1",
+  ];
   console.log(`$ cluster-hosts ${args.join(" ")}`);
   const { code } = await new Deno.Command("deno", {
     args: ["run", "-q", "--no-prompt", "-P=cli", "cli.ts", ...args],

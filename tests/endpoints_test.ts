@@ -1,23 +1,31 @@
-import { assert, assertEquals, assertRejects, assertThrows } from "jsr:@std/assert@^1.0.19";
+/**
+ * One table of endpoints: what is checked, given as a URL, exported, permitted
+ * and logged in at.
+ *
+ * @module
+ */
+import { assert, assertEquals, assertThrows } from "jsr:@std/assert@^1.0.19";
 import {
-  ClusterNode,
-  type ClusterNodeFields,
+  checkedEndpoints,
   dataEndpoints,
   type Endpoint,
   endpointUrl,
-  getDataSyncUrls,
-  getEloSyncUrls,
-  getSyncUrls,
   hostPort,
-  type HostsConfig,
   netFlag,
+  sharedEndpoints,
+  sshEndpoints,
+  statusPath,
+} from "../cluster_hosts.ts";
+import {
+  ClusterNode,
+  type ClusterNodeFields,
+  getDataSyncUrls,
+  getSyncUrls,
+  type HostsConfig,
   probeNode,
   type ProbeOptions,
   sshCommand,
-  sshEndpoints,
-  statusPath,
 } from "../mod.ts";
-import { startNode } from "./loopback_cluster.ts";
 import { runMain } from "./run_main.ts";
 
 interface Row {
@@ -26,7 +34,7 @@ interface Row {
   readonly options?: Pick<ProbeOptions, "port" | "path">;
   /** What a check asks for, best first. */
   readonly checked: readonly string[];
-  /** What `getDataSyncUrls` gives unchecked, or `getSyncUrls` if the row has a port; the check's own text without a row. */
+  /** The first unchecked URL: of `getSyncUrls` if the row has a port. */
   readonly url: string | undefined;
   /** The hosts of `--allow-net`. */
   readonly net: string;
@@ -91,7 +99,10 @@ const ROWS: readonly Row[] = [
   {
     what: "a status path",
     fields: { ...BOTH, statusPath: "/health?full=1" },
-    checked: [`http://${TAILNET}:8766/health?full=1`, `http://${PUBLIC}:8766/health?full=1`],
+    checked: [
+      `http://${TAILNET}:8766/health?full=1`,
+      `http://${PUBLIC}:8766/health?full=1`,
+    ],
     url: `http://${TAILNET}:8766`,
     net: `${TAILNET}:8766,${PUBLIC}:8766`,
     ssh: [`${TAILNET}:22`, `${PUBLIC}:22`],
@@ -107,7 +118,11 @@ const ROWS: readonly Row[] = [
   },
   {
     what: "the port of the data server, named by the caller",
-    fields: { tailscaleIp: TAILNET, dataServerPort: 9001, statusPath: "/health" },
+    fields: {
+      tailscaleIp: TAILNET,
+      dataServerPort: 9001,
+      statusPath: "/health",
+    },
     options: { port: 9001 },
     checked: [`http://${TAILNET}:9001/health`],
     url: `http://${TAILNET}:9001/db`,
@@ -165,8 +180,15 @@ const ROWS: readonly Row[] = [
   },
   {
     what: "IPv6",
-    fields: { tailscaleIp: "2001:db8::1", sshHost: "root@[2001:db8::2]", sshPort: 2222 },
-    checked: ["http://[2001:db8::1]:8766/status", "http://[2001:db8::2]:8766/status"],
+    fields: {
+      tailscaleIp: "2001:db8::1",
+      sshHost: "root@[2001:db8::2]",
+      sshPort: 2222,
+    },
+    checked: [
+      "http://[2001:db8::1]:8766/status",
+      "http://[2001:db8::2]:8766/status",
+    ],
     url: "http://[2001:db8::1]:8766",
     net: "[2001:db8::1]:8766,[2001:db8::2]:8766",
     ssh: ["[2001:db8::2]:2222", "[2001:db8::1]:2222", "[2001:db8::1]:22"],
@@ -179,237 +201,339 @@ const ROWS: readonly Row[] = [
     net: "[2001:db8::9]:9000",
     ssh: [],
   },
-  { what: "nothing", fields: {}, checked: [], url: undefined, net: "", ssh: [] },
+  {
+    what: "an IPv6 address with a zone",
+    fields: { tailscaleIp: "fe80::1%eth0", sshHost: "root@fe80::2%eth1" },
+    checked: [
+      "http://[fe80::1%25eth0]:8766/status",
+      "http://[fe80::2%25eth1]:8766/status",
+    ],
+    url: "http://[fe80::1%25eth0]:8766",
+    // Deno's permissions know no zones.
+    net: "[fe80::1]:8766,[fe80::2]:8766",
+    ssh: ["[fe80::1%eth0]:22", "[fe80::2%eth1]:22"],
+  },
+  {
+    what: "a name that is not ASCII",
+    fields: { sshHost: "root@münchen.example" },
+    checked: ["http://xn--mnchen-3ya.example:8766/status"],
+    url: "http://xn--mnchen-3ya.example:8766",
+    net: "xn--mnchen-3ya.example:8766",
+    ssh: ["xn--mnchen-3ya.example:22"],
+  },
+  {
+    what: "nothing",
+    fields: {},
+    checked: [],
+    url: undefined,
+    net: "",
+    ssh: [],
+  },
 ];
 
-/** The fields as they stand in an inventory. */
-function inFile(fields: Omit<ClusterNodeFields, "name">): HostsConfig {
-  const host = Object.entries(fields).map(([key, value]) => [
-    key.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`),
-    value,
-  ]);
+/** Returns the fields as they stand in an inventory. */
+function inFile(fields: Row["fields"]): HostsConfig {
+  const host = Object.entries(fields).map(([name, value]) => {
+    const key = name.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
+    return [key, value];
+  });
   return { hosts: { "gpu-1": Object.fromEntries(host) } };
 }
 
-/** Runs with a network of the test's own: each connection that is asked for gets what `answer` gives. */
-async function withNetwork(
-  answer: (host: string, port: number) => Deno.TcpConn,
-  run: () => Promise<void>,
-): Promise<void> {
-  const { connect, startTls } = Deno;
-  const { querySync } = Deno.permissions;
-  Deno.connect = ((options: { hostname: string; port: number }) =>
-    // What `answer` throws is a rejection.
-    Promise.resolve().then(() => answer(options.hostname, options.port))) as typeof Deno.connect;
-  Deno.startTls = ((conn: Deno.TcpConn) => Promise.resolve(conn)) as unknown as typeof Deno.startTls;
-  // The tests themselves may connect to loopback alone.
-  Deno.permissions.querySync = () => ({ state: "granted" }) as Deno.PermissionStatus;
-  try {
-    await run();
-  } finally {
-    Object.assign(Deno, { connect, startTls });
-    Deno.permissions.querySync = querySync;
-  }
+/** Returns what the command line prints about a row's inventory. */
+async function cliOutput(
+  { fields }: Row,
+  [command, ...args]: readonly [string, ...string[]],
+): Promise<string> {
+  const line = [command, "--config", "-", ...args];
+  const stdin = JSON.stringify(inFile(fields));
+  const { stdout } = await runMain(line, { stdin });
+  return stdout;
 }
 
-/** A connection that answers 404, and tells what was asked for. */
-function notFound(ask: (request: string) => void): Deno.TcpConn {
-  const pieces: (string | null)[] = ["HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", null];
-  return {
-    write(bytes: Uint8Array) {
-      ask(new TextDecoder().decode(bytes));
-      return Promise.resolve(bytes.length);
-    },
-    read(buffer: Uint8Array) {
-      const piece = pieces.shift();
-      return Promise.resolve(piece ? new TextEncoder().encodeInto(piece, buffer).written : null);
-    },
-    close() {},
-    [Symbol.dispose]() {},
-    closeWrite: () => Promise.resolve(),
-  } as unknown as Deno.TcpConn;
+/** Returns `--port` and `--path` of a row. */
+function flagsOf({ options = {} }: Row): string[] {
+  return Object.entries(options)
+    .flatMap(([name, value]) => [`--${name}`, String(value)]);
 }
 
-/** What the command line prints about an inventory. */
-async function cliOutput([command, ...args]: readonly [string, ...string[]], inventory: string): Promise<string> {
-  return (await runMain([command, "--config", "-", ...args], { stdin: inventory })).stdout;
-}
-
-/** `HOST:PORT` that a URL leads to. */
+/** Returns the host and port that a URL leads to. */
 function targetOf(url: string): string {
-  const { hostname, port, protocol } = new URL(url);
+  const { hostname, port, protocol } = new URL(url.replace(/%25\w+/, ""));
   return `${hostname}:${port || (protocol === "https:" ? 443 : 80)}`;
 }
 
-for (const { what, fields, options = {}, checked, url, net, ssh } of ROWS) {
-  Deno.test(`a node with ${what}: check, message, URL, exports, permission and ssh agree`, async () => {
-    const node = new ClusterNode({ name: "gpu-1", ...fields });
-    const { port, path } = options;
-    const endpoints = dataEndpoints(node, port);
-    const asked = endpoints.map((endpoint) => endpointUrl(endpoint, statusPath(node, options)));
-    assertEquals(asked, checked);
-    const targets = checked.map(targetOf);
+/**
+ * Sends each connection that is asked for where `connect` says, until it is
+ * disposed. The tests themselves may connect to loopback alone.
+ */
+function network(
+  connect: (options: Deno.ConnectOptions) => Promise<Deno.TcpConn>,
+): Disposable {
+  const real = Deno.connect;
+  const { querySync } = Deno.permissions;
 
+  Deno.connect = connect as typeof Deno.connect;
+  Deno.permissions.querySync = () =>
+    ({ state: "granted" }) as Deno.PermissionStatus;
+
+  return {
+    [Symbol.dispose]() {
+      Deno.connect = real;
+      Deno.permissions.querySync = querySync;
+    },
+  };
+}
+
+type Check = (row: Row, node: ClusterNode) => Promise<void> | void;
+
+/** What agrees with the table. */
+const CHECKS: Record<string, Check> = {
+  "dataEndpoints() and statusPath()": ({ options = {}, checked }, node) => {
+    const endpoints = dataEndpoints(node, options.port);
+    const path = statusPath(node, options);
+
+    const urls = endpoints.map((endpoint) => endpointUrl(endpoint, path));
+    assertEquals(urls, checked);
+    assertEquals(checkedEndpoints(node, options), endpoints);
+    assertEquals(
+      checkedEndpoints(node, { check: "tcp", ...options }),
+      endpoints,
+    );
+  },
+
+  "sshEndpoints()": ({ ssh }, node) => {
+    const endpoints = sshEndpoints(node);
+
+    assertEquals(endpoints.map(({ host, port }) => hostPort(host, port)), ssh);
+    assert(endpoints.every(({ protocol }) => protocol === "ssh"));
+    assert(endpoints.every(({ path }) => path === ""));
+    assertEquals(checkedEndpoints(node, { check: "ssh" }), endpoints);
+  },
+
+  "probeNode() contacts": async ({ options, checked }, node) => {
     const contacted: string[] = [];
-    await withNetwork((host, port) => {
-      contacted.push(hostPort(host, port));
-      throw Object.assign(new Deno.errors.ConnectionRefused(), { code: "ECONNREFUSED" });
-    }, async () => {
-      const probe = await probeNode(node, options);
-      assertEquals(probe.endpoints, endpoints);
-      assertEquals(contacted, targets);
-      const reason = "nothing listens on the port";
-      assertEquals(probe.failure?.message, targets.length > 0 ? reason : "set tailscale_ip or ssh_host");
+    using _network = network(({ hostname, port }) => {
+      contacted.push(hostPort(hostname!, port).replace(/%\w+/, ""));
+      const refused = new Deno.errors.ConnectionRefused();
+      return Promise.reject(Object.assign(refused, { code: "ECONNREFUSED" }));
     });
 
-    const requests: string[] = [];
-    await withNetwork(() => notFound((request) => requests.push(request)), async () => {
-      const { failure, address } = await probeNode(node, options);
-      const hosts = endpoints.map(({ host }) => host);
-      assert(address === undefined ? checked.length === 0 : hosts.includes(address), address);
-      const [path] = checked.map((url) => new URL(url).pathname + new URL(url).search);
-      const message = path === undefined ? "set tailscale_ip or ssh_host" : `HTTP 404 at ${path}`;
-      assertEquals(failure?.message, message.replace(/ at \/status$/, ""));
-    });
-    for (const [index, request] of requests.entries()) {
-      const { pathname, search, host } = new URL(checked[index]!);
-      const [line, ...headers] = request.split("\r\n");
-      assertEquals(line, `GET ${pathname}${search} HTTP/1.1`);
-      const named = headers.find((header) => header.startsWith("Host: "))?.slice("Host: ".length);
-      assert(named === host || named === targets[index], named);
-    }
-    assertEquals(requests.length, checked.length);
+    const { state, failure, endpoints } = await probeNode(node, options);
 
-    const unchecked = { source: inFile(fields), reachableOnly: false, excludeSelf: false };
-    const urls = port === undefined ? await getDataSyncUrls(unchecked) : await getSyncUrls({ ...unchecked, port });
+    assertEquals(contacted, checked.map(targetOf));
+    assertEquals(endpoints, dataEndpoints(node, options?.port));
+    assertEquals(state, "down");
+    assertEquals(failure?.code, checked.length > 0 ? "refused" : "no-address");
+  },
+
+  "probeNode() asks for": async ({ options, checked }, node) => {
+    const [url] = checked;
+    if (url === undefined || url.startsWith("https:")) return;
+
+    const asked: string[] = [];
+    await using server = Deno.serve(
+      { hostname: "127.0.0.1", port: 0, onListen() {} },
+      (request) => {
+        asked.push(request.url);
+        return new Response("no", { status: 404 });
+      },
+    );
+    const real = Deno.connect;
+    const { port } = server.addr;
+    using _network = network((options) =>
+      real({ ...options, hostname: "127.0.0.1", port })
+    );
+
+    const { failure } = await probeNode(node, options);
+
+    assertEquals(asked[0], url.replace(/%25\w+/, ""));
+    assertEquals(failure?.code, "http-status");
+  },
+
+  "getDataSyncUrls() or getSyncUrls()": async (row, node) => {
+    const { fields, options, url } = row;
+    const given = {
+      source: inFile(fields),
+      reachableOnly: false,
+      excludeSelf: false,
+    };
+    const urls = options?.port === undefined
+      ? await getDataSyncUrls(given)
+      : await getSyncUrls({ ...given, port: options.port });
+
     assertEquals(urls, url === undefined ? [] : [url]);
-    if (port === undefined) assertEquals(node.dataServerBaseUrl, url);
+    if (options?.port === undefined) assertEquals(node.dataServerBaseUrl, url);
+  },
 
-    if (net) assertEquals(netFlag(endpoints), `--allow-net=${net}`);
-    assertEquals([...new Set(targets)].join(), net);
+  "netFlag()": ({ options, net }, node) => {
+    if (net === "") return;
+    const flag = netFlag(dataEndpoints(node, options?.port));
+    assertEquals(flag, `--allow-net=${net}`);
+  },
 
-    assertEquals(sshEndpoints(node).map(({ host, port }) => hostPort(host, port)), ssh);
-    if (ssh.length === 0) assertThrows(() => sshCommand(node, ["true"]), TypeError, "address");
-    else {
-      const command = sshCommand(node, ["true"]);
-      const host = command.at(-2)!.split("@")[1]!;
-      assertEquals(hostPort(host, Number(command[command.indexOf("-p") + 1])), ssh[0]);
+  "sshCommand()": ({ ssh }, node) => {
+    if (ssh.length === 0) {
+      assertThrows(() => sshCommand(node, ["true"]), TypeError, "address");
+      return;
     }
-    assert(sshEndpoints(node).every(({ protocol, path }) => protocol === "ssh" && path === ""), path);
 
-    const inventory = JSON.stringify(inFile(fields));
-    const given = Object.entries(options).flatMap(([name, value]) => [`--${name}`, String(value)]);
-    const [exported] = JSON.parse(await cliOutput(["export", "prometheus", ...given], inventory));
-    assertEquals(exported?.targets, targets.length > 0 ? targets.slice(0, 1) : undefined);
-    assertEquals(exported?.labels.__param_target, checked[0]);
-    const flags = (await cliOutput(["permissions", "status", ...given], inventory)).split(/\s/);
-    assertEquals(flags.find((flag) => flag.startsWith("--allow-net")), net ? `--allow-net=${net}` : undefined);
-    if (port === undefined && path === undefined) {
-      assertEquals(await cliOutput(["urls", "data", "--unchecked"], inventory), url === undefined ? "" : `${url}\n`);
-    }
-    const { _meta: { hostvars } } = JSON.parse(await cliOutput(["export", "ansible"], inventory));
-    const { ansible_host, ansible_port } = hostvars["gpu-1"];
-    assertEquals(ansible_host === undefined ? undefined : hostPort(ansible_host, ansible_port), ssh[0]);
-    if (ssh.length === 0) return;
-    const config = await cliOutput(["export", "ssh-config"], inventory);
-    const [, hostName, sshPort] = /HostName (\S+)[^]*Port (\d+)/.exec(config) ?? [];
-    assertEquals(hostPort(hostName!, Number(sshPort)), ssh[0]);
-    const dry = await cliOutput(["ssh", "gpu-1", "--dry-run", "--", "true"], inventory);
-    assertEquals(dry, `${sshCommand(node, ["true"]).join(" ")}\n`);
+    const words = sshCommand(node, ["true"]);
+    const [, host] = words.at(-2)!.split("@");
+    const port = words[words.indexOf("-p") + 1];
+    assertEquals(hostPort(host!, Number(port)), ssh[0]);
+  },
+
+  "export prometheus": async (row) => {
+    const args = ["export", "prometheus", ...flagsOf(row)] as const;
+    const [exported] = JSON.parse(await cliOutput(row, args));
+    const [url] = row.checked;
+
+    assertEquals(exported?.labels.__param_target, url);
+    const target = exported?.targets[0].replace(/%(25)?\w+(?=\])/, "");
+    assertEquals(target, url && targetOf(url));
+  },
+
+  "permissions status": async (row) => {
+    const args = ["permissions", "status", ...flagsOf(row)] as const;
+    const flags = (await cliOutput(row, args)).split(/\s/);
+
+    const flag = flags.find((it) => it.startsWith("--allow-net"));
+    assertEquals(flag, row.net ? `--allow-net=${row.net}` : undefined);
+  },
+
+  "urls data": async (row) => {
+    if (row.options) return;
+    const output = await cliOutput(row, ["urls", "data", "--unchecked"]);
+    assertEquals(output, row.url === undefined ? "" : `${row.url}\n`);
+  },
+
+  "export ansible": async (row) => {
+    const output = await cliOutput(row, ["export", "ansible"]);
+    const { _meta: { hostvars } } = JSON.parse(output);
+    const { ansible_host: host, ansible_port: port } = hostvars["gpu-1"];
+
+    assertEquals(host && hostPort(host, port), row.ssh[0]);
+  },
+
+  "export ssh-config": async (row) => {
+    const output = await cliOutput(row, ["export", "ssh-config"]);
+    const [, host, port] = /HostName (\S+)[^]*Port (\d+)/.exec(output) ?? [];
+
+    // ssh_config(5) writes "%%" for "%".
+    const address = host?.replace("%%", "%");
+    assertEquals(address && hostPort(address, Number(port)), row.ssh[0]);
+  },
+
+  "ssh --dry-run": async (row) => {
+    const [target] = row.ssh;
+    if (target === undefined) return;
+
+    const args = ["ssh", "gpu-1", "--dry-run", "--", "true"] as const;
+    const output = await cliOutput(row, args);
+    const [, port, host] = / -p (\d+) .*@(\S+) true$/m.exec(output) ?? [];
+    assertEquals(hostPort(host!, Number(port)), target);
+  },
+};
+
+for (const row of ROWS) {
+  for (const [what, check] of Object.entries(CHECKS)) {
+    Deno.test(`${what} of a node with ${row.what}`, async () => {
+      const node = new ClusterNode({ name: "gpu-1", ...row.fields });
+      await check(row, node);
+    });
+  }
+}
+
+function endpoint(host: string, port = 1, path = ""): Endpoint {
+  return { protocol: "http", host, port, path };
+}
+
+Deno.test("netFlag() names each host and port once", () => {
+  const endpoints = [
+    endpoint("a"),
+    endpoint("b"),
+    endpoint("a", 1, "/x"),
+    endpoint("a", 2),
+    endpoint("fe80::1%eth0"),
+    endpoint("fe80::1%eth1"),
+  ];
+  assertEquals(netFlag(endpoints), "--allow-net=a:1,b:1,a:2,[fe80::1]:1");
+});
+
+Deno.test("netFlag() returns --allow-net alone past 100 KB", () => {
+  const many = Array.from(
+    { length: 10_000 },
+    (_, index) => endpoint(`gpu-${index}.example.com`, 8766),
+  );
+  assertEquals(netFlag(many), "--allow-net");
+
+  const flag = netFlag(many.slice(0, 3000));
+  assert(flag.length > 50_000 && flag.length < 100 * 1024);
+});
+
+/** Nodes, and the endpoints that several of the active ones have. */
+const SHARED: [
+  what: string,
+  nodes: Record<string, Row["fields"]>,
+  shared: Record<string, string>,
+][] = [
+  [
+    "behind one proxy",
+    {
+      a: { sshHost: "root@p.example", sshPort: 19528 },
+      b: { sshHost: "p.example", sshPort: 38470 },
+      c: { sshHost: "q.example" },
+    },
+    { "http://p.example:8766": "a b" },
+  ],
+  [
+    "with addresses of their own beside it",
+    {
+      a: { tailscaleIp: "100.64.0.1", sshHost: "p" },
+      b: { tailscaleIp: "100.64.0.2", sshHost: "p" },
+    },
+    { "http://p:8766": "a b" },
+  ],
+  [
+    "of which one is not active",
+    { a: { sshHost: "p" }, b: { sshHost: "p", status: "retired" } },
+    {},
+  ],
+  [
+    "with data ports of their own",
+    { a: { sshHost: "p", dataServerPort: 1 }, b: { sshHost: "p" } },
+    {},
+  ],
+  [
+    "with masked addresses",
+    { a: { sshHost: "203.0.113.x" }, b: { sshHost: "203.0.113.x" } },
+    {},
+  ],
+  ["without addresses", { a: {}, b: {} }, {}],
+];
+
+for (const [what, nodes, expected] of SHARED) {
+  Deno.test(`sharedEndpoints() of nodes ${what}`, () => {
+    const list = Object.entries(nodes)
+      .map(([name, fields]) => new ClusterNode({ name, ...fields }));
+
+    const shared = sharedEndpoints(list).entries().map(([url, nodes]) => [
+      url,
+      nodes.map((node) => node.name).join(" "),
+    ]);
+    assertEquals(Object.fromEntries(shared), expected);
   });
 }
 
-Deno.test("netFlag() names each host once, and nothing but --allow-net past 100 KB", () => {
-  const endpoint = (host: string, port = 1): Endpoint => ({ protocol: "http", host, port, path: "" });
-  assertEquals(
-    netFlag([endpoint("a"), endpoint("b"), { ...endpoint("a"), path: "/x" }, endpoint("a", 2)]),
-    "--allow-net=a:1,b:1,a:2",
+Deno.test("sharedEndpoints() at a port of the caller's counts each address at it", () => {
+  const nodes = [9001, 9002].map((dataServerPort) =>
+    new ClusterNode({
+      name: `n${dataServerPort}`,
+      sshHost: "p",
+      dataServerPort,
+    })
   );
-  const many = Array.from({ length: 10_000 }, (_, index) => endpoint(`gpu-${index}.example.com`, 8766));
-  assertEquals(netFlag(many), "--allow-net");
-  assert(netFlag(many.slice(0, 3000)).length < 100 * 1024);
-});
-
-Deno.test("getDataSyncUrls() gives one URL for two spellings of one server, in the order of the config", async () => {
-  const hosts = {
-    b: { tailscale_ip: "100.64.0.2", data_server_port: 9001 },
-    a: { data_server_url: "http://100.64.0.2:9001/" },
-    c: { ssh_host: "root@100.64.0.2", data_server_port: "9001" },
-    d: { data_server_url: "HTTP://100.64.0.2:09001" },
-    first: { data_server_url: "http://100.64.0.1:80/data/" },
-    second: { data_server_url: "http://100.64.0.1/data" },
-    bare: {},
-    off: { tailscale_ip: "100.64.0.3", status: "offline" },
-  };
-  const options = { source: { hosts }, reachableOnly: false, excludeSelf: false };
-  assertEquals(await getDataSyncUrls(options), ["http://100.64.0.2:9001", "http://100.64.0.1/data"]);
-  const selected = { ...options, selection: { names: ["off"] } };
-  assertEquals(await getDataSyncUrls(selected), ["http://100.64.0.3:8766"]);
-});
-
-Deno.test("getSyncUrls() and getEloSyncUrls() have their ports and paths", async () => {
-  const source = { hosts: { a: { tailscale_ip: TAILNET } }, elo_sync: { sync_port: 9000 } };
-  const options = { source, reachableOnly: false };
-  const cases = [
-    [await getSyncUrls(options), 8766, "/db"],
-    [await getSyncUrls({ ...options, port: 8765, path: "/models" }), 8765, "/models"],
-    [await getEloSyncUrls(options), 9000, "/db"],
-    [await getEloSyncUrls({ ...options, port: 9002, path: "/x" }), 9002, "/x"],
-  ] as const;
-  for (const [urls, port, path] of cases) assertEquals(urls, [`http://${TAILNET}:${port}${path}`]);
-  await assertRejects(() => getSyncUrls({ ...options, path: "db" }), TypeError);
-  await assertRejects(() => getSyncUrls({ ...options, port: 0 }), RangeError);
-});
-
-Deno.test("the URLs are those of the nodes that are up, at the address that answered", async () => {
-  await using up = await startNode("ok");
-  await using broken = await startNode("http-500");
-  await using dead = await startNode("refuses");
-  const paths: string[] = [];
-  await using behind = Deno.serve({ hostname: "127.0.0.1", port: 0, onListen() {} }, ({ url }) => {
-    paths.push(new URL(url).pathname);
-    return Response.json({});
-  });
-  const url = `http://127.0.0.1:${behind.addr.port}/data`;
-  const host = (port: number, fields = {}) => ({ tailscale_ip: "127.0.0.1", data_server_port: port, ...fields });
-  const hosts = {
-    broken: host(broken.port),
-    second: host(up.port, { tailscale_ip: "127.0.0.9", ssh_host: "127.0.0.1" }),
-    up: host(up.port),
-    url: host(dead.port, { data_server_url: `${url}/` }),
-    dead: host(dead.port),
-  };
-  const source = { hosts };
-  assertEquals(await getDataSyncUrls({ source, excludeSelf: false }), [`http://127.0.0.1:${up.port}`, url]);
-  assertEquals(paths, ["/data/status"]);
-  assertEquals(await getSyncUrls({ source, port: up.port, path: "/x" }), [`http://127.0.0.1:${up.port}/x`]);
-  const elo = { ...source, elo_sync: { sync_port: up.port } };
-  assertEquals(await getEloSyncUrls({ source: elo }), [`http://127.0.0.1:${up.port}/db`]);
-});
-
-Deno.test("getDataSyncUrls() leaves out this host, by name, variable and address", async () => {
-  const urls = (name: string, fields: Record<string, unknown> = { ssh_host: PUBLIC }, excludeSelf = true) =>
-    getDataSyncUrls({ source: { hosts: { [name]: fields } }, reachableOnly: false, excludeSelf });
-  const own = Deno.hostname();
-  const given = [`http://${PUBLIC}:8766`];
-  assertEquals(await urls("another"), given);
-  assertEquals(await urls(own.toUpperCase()), []);
-  assertEquals(await urls(own.split(".")[0]!), []);
-  assertEquals(await urls(own, { ssh_host: PUBLIC }, false), given);
-  for (const address of ["localhost", "127.0.0.1", "::1", own]) {
-    assertEquals(await urls("another", { tailscale_ip: address }), [], address);
-  }
-  // A cluster on loopback is not this host.
-  assertEquals(await urls("another", { tailscale_ip: "127.0.0.2" }), ["http://127.0.0.2:8766"]);
-  for (const { address, family } of Deno.networkInterfaces()) {
-    if (family === "IPv4") assertEquals(await urls("another", { tailscale_ip: address }), [], address);
-  }
-  Deno.env.set("RINGRIFT_NODE_ID", "GPU-7.example.com");
-  try {
-    assertEquals(await urls("gpu-7"), []);
-    assertEquals(await urls("gpu-7.example.com"), []);
-    assertEquals(await urls(own), given);
-  } finally {
-    Deno.env.delete("RINGRIFT_NODE_ID");
-  }
+  assertEquals([...sharedEndpoints(nodes).keys()], []);
+  assertEquals([...sharedEndpoints(nodes, 80).keys()], ["http://p"]);
 });

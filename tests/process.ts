@@ -12,13 +12,17 @@ export interface TempFolder extends AsyncDisposable {
   readonly folder: string;
 }
 
-/** Makes a folder where `TMPDIR` says, or under /tmp if that is all that may be written. */
+/** Makes a folder where `TMPDIR` says, else under /tmp if only that may be written. */
 export async function tempFolder(prefix = ""): Promise<TempFolder> {
   const folder = await Deno.makeTempDir({ prefix }).catch((error) => {
     if (!(error instanceof Deno.errors.NotCapable)) throw error;
     return Deno.makeTempDir({ prefix, dir: "/tmp" });
   });
-  return { folder, [Symbol.asyncDispose]: () => Deno.remove(folder, { recursive: true }) };
+
+  return {
+    folder,
+    [Symbol.asyncDispose]: () => Deno.remove(folder, { recursive: true }),
+  };
 }
 
 /** An inventory in a folder of its own. */
@@ -33,26 +37,33 @@ export async function writeInventory(
 ): Promise<InventoryFile> {
   const temp = await tempFolder();
   const path = `${temp.folder}/hosts.yaml`;
-  await Deno.writeTextFile(path, JSON.stringify({ hosts, ...sections }, null, 2));
+  const text = JSON.stringify({ hosts, ...sections }, null, 2);
+  await Deno.writeTextFile(path, text);
   return { ...temp, path };
 }
 
-/** Registers a test that is ignored, and says why in its name, if something that it needs is missing. */
-export function testUnless(missing: string | undefined, name: string, fn: () => Promise<void> | void): void {
-  Deno.test({
-    name: missing === undefined ? name : `${name} (ignored: ${missing})`,
-    ignore: missing !== undefined,
-    fn,
-  });
+/** Registers a test that is ignored if something is missing, and then says so in its name. */
+export function testUnless(
+  missing: string | undefined,
+  name: string,
+  fn: () => Promise<void> | void,
+): void {
+  const isMissing = missing !== undefined;
+  const note = isMissing ? ` (ignored: ${missing})` : "";
+  Deno.test({ name: name + note, ignore: isMissing, fn });
 }
 
-/** Says that a program is missing, or `undefined` if it is installed. */
+/** Says that a program is missing; `undefined` if it is installed. */
 export function programMissing(program: string): string | undefined {
-  const args = ["-c", 'command -v "$0"', program];
-  const { success } = new Deno.Command("sh", { args, stdout: "null", stderr: "null" }).outputSync();
+  const { success } = new Deno.Command("sh", {
+    args: ["-c", 'command -v "$0"', program],
+    stdout: "null",
+    stderr: "null",
+  }).outputSync();
   return success ? undefined : `needs ${program}`;
 }
 
+/** Options of {@linkcode runCli} and {@linkcode run}. */
 export interface RunOptions {
   /**
    * The flags of `deno run`.
@@ -60,15 +71,18 @@ export interface RunOptions {
    * @default {["-P=cli"]}
    */
   readonly flags?: readonly string[];
+
   /** Variables beside those that Deno itself needs; no others are kept. */
   readonly env?: Readonly<Record<string, string>>;
+
   /**
    * The working directory.
    *
    * @default {ROOT}
    */
   readonly cwd?: string;
-  /** What it reads; nothing by default. */
+
+  /** The text on its stdin; nothing by default. */
   readonly stdin?: string;
 }
 
@@ -77,19 +91,24 @@ export interface RunResult {
   readonly code: number;
   readonly stdout: string;
   readonly stderr: string;
+
   /** Milliseconds from its start to its end. */
   readonly ms: number;
 }
 
 /** Runs cli.ts in a process of its own. */
-export function runCli(args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
+export function runCli(
+  args: readonly string[],
+  options: RunOptions = {},
+): Promise<RunResult> {
   const { flags = ["-P=cli"], ...others } = options;
   return run("deno", [...denoRun(flags, "cli.ts"), ...args], others);
 }
 
-/** The arguments with which Deno runs a file of the project from any folder. */
+/** Returns the arguments with which Deno runs a file of the project from any folder. */
 export function denoRun(flags: readonly string[], file: string): string[] {
-  return ["run", "-q", "--no-prompt", "--config", `${ROOT}deno.json`, ...flags, ROOT + file];
+  const config = ["--config", `${ROOT}deno.json`];
+  return ["run", "-q", "--no-prompt", ...config, ...flags, ROOT + file];
 }
 
 /** Runs a program without a terminal and without this process's environment; ends it after a minute. */
@@ -100,6 +119,7 @@ export async function run(
 ): Promise<RunResult> {
   const { env = {}, cwd = ROOT, stdin } = options;
   const started = performance.now();
+
   const child = new Deno.Command(program, {
     args: [...args],
     clearEnv: true,
@@ -110,22 +130,48 @@ export async function run(
     stderr: "piped",
     signal: AbortSignal.timeout(60_000),
   }).spawn();
-  if (stdin !== undefined) {
-    const writer = child.stdin.getWriter();
-    // It may end without having read all.
-    await writer.write(new TextEncoder().encode(stdin)).then(() => writer.close()).catch(() => {});
-  }
+  if (stdin !== undefined) await feed(child.stdin, stdin);
+
   const { code, stdout, stderr } = await child.output();
   const decoder = new TextDecoder();
-  return { code, stdout: decoder.decode(stdout), stderr: decoder.decode(stderr), ms: performance.now() - started };
+  return {
+    code,
+    stdout: decoder.decode(stdout),
+    stderr: decoder.decode(stderr),
+    ms: performance.now() - started,
+  };
+}
+
+async function feed(
+  stream: WritableStream<Uint8Array<ArrayBuffer>>,
+  text: string,
+): Promise<void> {
+  const writer = stream.getWriter();
+  try {
+    await writer.write(new TextEncoder().encode(text));
+    await writer.close();
+  } catch {
+    // It may end without having read all.
+  }
 }
 
 function keptVariables(): Record<string, string> {
-  const names = ["PATH", "HOME", "DENO_DIR", "XDG_CACHE_HOME", "TMPDIR", "NPM_CONFIG_REGISTRY", "DENO_COVERAGE_DIR"];
-  return Object.fromEntries(names.flatMap((name) => {
+  const names = [
+    "PATH",
+    "HOME",
+    "DENO_DIR",
+    "XDG_CACHE_HOME",
+    "TMPDIR",
+    "NPM_CONFIG_REGISTRY",
+    "DENO_COVERAGE_DIR",
+  ];
+
+  const kept: Record<string, string> = {};
+  for (const name of names) {
     const value = Deno.env.get(name);
-    return value === undefined ? [] : [[name, value]];
-  }));
+    if (value !== undefined) kept[name] = value;
+  }
+  return kept;
 }
 
 /** A process that goes on while the test does. Its disposal kills it. */
@@ -133,45 +179,61 @@ export interface RunningProcess extends AsyncDisposable {
   readonly process: Deno.ChildProcess;
   readonly stdout: AsyncGenerator<string>;
   readonly stderr: AsyncGenerator<string>;
-  /** Its exit code, and the lines that nobody has read. */
+
+  /** Resolves to its exit code, and the lines that nobody has read. */
   end(): Promise<{ code: number; stdout: string[]; stderr: string[] }>;
 }
 
 export type RunningCli = RunningProcess;
 
 /** Starts cli.ts in a process of its own, to be read line by line while it runs; ends it after half a minute. */
-export function startCli(args: readonly string[], options: Pick<RunOptions, "flags" | "env"> = {}): RunningCli {
-  const { flags = ["-P=cli"], env = {} } = options;
-  return start("deno", [...denoRun(flags, "cli.ts"), ...args], { env });
+export function startCli(
+  args: readonly string[],
+  options: Pick<RunOptions, "flags" | "env" | "cwd"> = {},
+): RunningCli {
+  const { flags = ["-P=cli"], ...others } = options;
+  return start("deno", [...denoRun(flags, "cli.ts"), ...args], others);
 }
 
 /** Starts a program, to be read line by line while it runs; ends it after `limitMs`, by default half a minute. */
 export function start(
   program: string,
   args: readonly string[],
-  options: Pick<RunOptions, "env"> & { readonly limitMs?: number } = {},
+  options: Pick<RunOptions, "env" | "cwd"> & {
+    readonly limitMs?: number;
+  } = {},
 ): RunningProcess {
+  const { env = {}, cwd = ROOT, limitMs = 30_000 } = options;
   const process = new Deno.Command(program, {
     args: [...args],
     clearEnv: true,
-    env: { ...keptVariables(), ...options.env },
-    cwd: ROOT,
+    env: { ...keptVariables(), ...env },
+    cwd,
     stdin: "null",
     stdout: "piped",
     stderr: "piped",
   }).spawn();
-  const [stdout, stderr] = [linesOf(process.stdout), linesOf(process.stderr)];
+
+  const stdout = linesOf(process.stdout);
+  const stderr = linesOf(process.stderr);
   let isEnded = false;
+
   // It might ignore a milder signal: that is what is tested.
-  const guard = setTimeout(() => process.kill("SIGKILL"), options.limitMs ?? 30_000);
+  const guard = setTimeout(() => process.kill("SIGKILL"), limitMs);
   const ended = process.status.finally(() => {
     isEnded = true;
     clearTimeout(guard);
   });
+
   const end = async () => {
-    const [{ code }, out, err] = await Promise.all([ended, Array.fromAsync(stdout), Array.fromAsync(stderr)]);
+    const [{ code }, out, err] = await Promise.all([
+      ended,
+      Array.fromAsync(stdout),
+      Array.fromAsync(stderr),
+    ]);
     return { code, stdout: out, stderr: err };
   };
+
   return {
     process,
     stdout,
@@ -184,7 +246,9 @@ export function start(
   };
 }
 
-async function* linesOf(stream: ReadableStream<Uint8Array<ArrayBuffer>>): AsyncGenerator<string> {
+async function* linesOf(
+  stream: ReadableStream<Uint8Array<ArrayBuffer>>,
+): AsyncGenerator<string> {
   let last = "";
   for await (const text of stream.pipeThrough(new TextDecoderStream())) {
     const lines = (last + text).split("\n");
@@ -194,8 +258,10 @@ async function* linesOf(stream: ReadableStream<Uint8Array<ArrayBuffer>>): AsyncG
   if (last !== "") yield last;
 }
 
-/** The next line of a process that is expected to print one. */
-export async function nextLine(lines: RunningProcess["stdout"]): Promise<string> {
+/** Returns the next line of a process that is expected to print one. */
+export async function nextLine(
+  lines: RunningProcess["stdout"],
+): Promise<string> {
   const { value, done } = await lines.next();
   if (done) throw new Error("There is no further line");
   return value;

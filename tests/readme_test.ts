@@ -1,373 +1,793 @@
-import { assert, assertEquals, assertMatch, assertStringIncludes } from "jsr:@std/assert@^1.0.19";
+import {
+  assert,
+  assertEquals,
+  assertMatch,
+  assertStringIncludes,
+} from "jsr:@std/assert@^1.0.19";
 import { delay } from "jsr:@std/async@^1.5.0/delay";
 import { DatabaseSync } from "node:sqlite";
 import { validateHostsConfig } from "../mod.ts";
 import { serveCheckout } from "./checkout.ts";
+import {
+  codeBlocks,
+  fileIn,
+  type Hosts,
+  README,
+  type UserFolder,
+  userFolder,
+  writeProgram,
+} from "./documents.ts";
 import { startNode } from "./loopback_cluster.ts";
-import { programMissing, ROOT, run, type RunResult, tempFolder, testUnless } from "./process.ts";
-import { sshdMissing, startSshd } from "./sshd.ts";
+import {
+  nextLine,
+  programMissing,
+  ROOT,
+  run,
+  type RunResult,
+  start,
+  tempFolder,
+  testUnless,
+} from "./process.ts";
+import { type Sshd, sshdMissing, startSshd } from "./sshd.ts";
 
-const README = await Deno.readTextFile(`${ROOT}README.md`);
-const RECIPES = await Deno.readTextFile(`${ROOT}config/README.md`);
 const PLACEHOLDER = "https://example.com/cluster-hosts";
-const SCRIPTS = ["status.ts", "elo_sync.ts", "collect.ts", "uptime.ts", "monitor.ts"];
+const NO_SSHD = sshdMissing();
 
-type Hosts = Record<string, Record<string, unknown>>;
+// --- Scripts ---
 
-/** The text of a script of the README. */
+const SCRIPTS = [
+  "status.ts",
+  "uptime.ts",
+  "collect.ts",
+  "monitor.ts",
+  "elo_sync.ts",
+];
+
 function scriptOf(name: string): string {
-  const [, script] = new RegExp(`\`\`\`(?:ts ignore|sh)\\n(?://|#) ${name}\\n(.*?)\`\`\``, "s").exec(README) ?? [];
-  if (!script) throw new Error(`The README has no script ${name}`);
-  return script;
+  return fileIn(README, name.endsWith(".sh") ? "sh" : "ts ignore", name);
 }
 
-/** The flags with which the README runs a script. */
+/** Returns the flags with which README runs a script. */
 function flagsOf(name: string): string[] {
-  const [, flags] = new RegExp(`\`deno run (.*) ${name}\``).exec(README) ?? [];
-  if (!flags) throw new Error(`The README has no command line for ${name}`);
-  return flags.split(" ");
+  const line = new RegExp(`\`deno run ([^\`]*)\\s${name}\``).exec(README);
+  if (!line) throw new Error(`README does not run ${name}`);
+  return line[1]!.split(/\s+/);
 }
 
-/** A folder of a user who has an inventory at the default path, and nothing else. */
-async function userFolder(hosts: Hosts, sections: Record<string, unknown> = {}) {
-  const temp = await tempFolder();
-  await Deno.mkdir(`${temp.folder}/config`);
-  const write = (hosts: Hosts, sections: Record<string, unknown>) =>
-    Deno.writeTextFile(`${temp.folder}/config/distributed_hosts.yaml`, JSON.stringify({ hosts, ...sections }));
-  await write(hosts, sections);
-  return { ...temp, write };
-}
-
-/** Runs a script of the README as it stands there, from a URL, with the flags that the README names. */
-async function runScript(name: string, folder: string, edit = (script: string) => script): Promise<RunResult> {
+/** Runs a script as it stands in README, from a URL, with README's flags. */
+async function runScript(name: string, user: UserFolder): Promise<RunResult> {
   await using server = serveCheckout();
-  await Deno.writeTextFile(`${folder}/${name}`, edit(scriptOf(name).replaceAll(PLACEHOLDER, server.url)));
-  const args = ["run", "-q", "--no-prompt", "--no-config", ...server.flags, ...flagsOf(name), name];
-  return await run("deno", args, { cwd: folder });
+  const script = scriptOf(name).replaceAll(PLACEHOLDER, server.url);
+  await Deno.writeTextFile(`${user.folder}/${name}`, script);
+
+  const own = ["-q", "--no-prompt", "--no-config", ...server.flags];
+  return await run("deno", ["run", ...own, ...flagsOf(name), name], {
+    cwd: user.folder,
+    env: { NO_COLOR: "1" },
+  });
 }
 
-Deno.test("README scripts have at most 30 lines, and type-check", async () => {
+Deno.test("README's scripts type-check", async () => {
   await using server = serveCheckout();
   await using temp = await tempFolder();
   for (const name of SCRIPTS) {
-    const script = scriptOf(name);
-    assert(script.trimEnd().split("\n").length <= 30, `${name} is too long`);
-    await Deno.writeTextFile(`${temp.folder}/${name}`, script.replaceAll(PLACEHOLDER, server.url));
+    const script = scriptOf(name).replaceAll(PLACEHOLDER, server.url);
+    await Deno.writeTextFile(`${temp.folder}/${name}`, script);
   }
-  const args = ["check", "-q", "--no-config", "--allow-import", ...server.flags, ...SCRIPTS];
-  const { code, stderr } = await run("deno", args, { cwd: temp.folder, env: { NO_COLOR: "1" } });
-  assertEquals([code, stderr], [0, ""]);
+
+  const flags = ["-q", "--no-config", "--allow-import", ...server.flags];
+  const { code, stderr } = await run("deno", ["check", ...flags, ...SCRIPTS], {
+    cwd: temp.folder,
+    env: { NO_COLOR: "1" },
+  });
+
+  assertEquals({ code, stderr }, { code: 0, stderr: "" });
 });
 
-Deno.test("README status.ts shows what is configured and what answers", async () => {
+Deno.test("README's reference is printed from a URL", async () => {
+  await using server = serveCheckout();
+  const [, line] = /`deno (doc \S+)`/.exec(README)!;
+  const args = line!.replace(PLACEHOLDER, server.url).split(" ");
+
+  const { code, stdout, stderr } = await run("deno", [
+    ...args,
+    "-q",
+    "--no-config",
+    ...server.flags,
+  ], { env: { NO_COLOR: "1" } });
+
+  assertEquals(code, 0, stderr);
+  assertStringIncludes(stdout, "function discoverReachableNodes(");
+});
+
+Deno.test("README's status.ts prints the nodes that answer", async () => {
   await using node = await startNode("ok", { games: 7 });
   await using user = await userFolder({
     "gpu-1": { tailscale_ip: "127.0.0.1", data_server_port: node.port },
     "gpu-2": {},
   });
-  const { code, stdout, stderr } = await runScript("status.ts", user.folder);
+
+  const { code, stdout, stderr } = await runScript("status.ts", user);
+
   assertEquals([code, stderr], [0, ""]);
-  assertEquals(stdout, "1 of 2 nodes are reachable\ngpu-1 at 127.0.0.1: 7 games, version 1.4.2\n");
+  assertEquals(
+    stdout,
+    "1 of 2 nodes are reachable\n" +
+      "gpu-1 at 127.0.0.1: 7 games, version 1.4.2\n",
+  );
 });
 
-const GAMES_TABLE = `CREATE TABLE match_history (id INTEGER PRIMARY KEY, game_id TEXT, participant_a TEXT,
-  participant_b TEXT, board_type TEXT, num_players INTEGER, winner TEXT, timestamp REAL)`;
-const GAMES_COLUMNS = "game_id, participant_a, participant_b, board_type, num_players, winner, timestamp";
+Deno.test("README's status.ts fails without an inventory", async () => {
+  await using user = await userFolder({});
+  await Deno.remove(`${user.folder}/config`, { recursive: true });
 
-/** The bytes of a database that a node would serve. */
-async function eloDatabase(rows: readonly string[]): Promise<Uint8Array<ArrayBuffer>> {
+  const { code, stdout, stderr } = await runScript("status.ts", user);
+
+  assertEquals([code, stdout], [1, ""]);
+  assertStringIncludes(stderr, "config/distributed_hosts.yaml");
+});
+
+Deno.test("README's collect.ts adds up the games, and names a node that fails", async () => {
+  await using good = await startNode("ok", {
+    games: 40,
+    hostname: "127.0.0.2",
+  });
+  // The check is answered, and what is asked for after it is not.
+  let requests = 0;
+  await using failing = Deno.serve(
+    { hostname: "127.0.0.3", port: 0, onListen() {} },
+    () => {
+      requests++;
+      if (requests === 1) return Response.json({ game_count: 1000 });
+      return new Response("no", { status: 500 });
+    },
+  );
+  const url = `http://127.0.0.3:${failing.addr.port}`;
+  await using user = await userFolder({
+    "gpu-1": { tailscale_ip: good.hostname, data_server_port: good.port },
+    "gpu-2": { data_server_url: url },
+  });
+
+  const { code, stdout, stderr } = await runScript("collect.ts", user);
+
+  assertEquals([code, stdout], [0, "40 games in the cluster\n"]);
+  assertEquals(stderr, `${url} is left out: Error: HTTP 500\n`);
+});
+
+// --- Scripts over ssh ---
+
+/** The fields of a host behind this sshd, with what ssh needs to trust it. */
+function hostOf(sshd: Sshd): Hosts[string] {
+  return { ...sshd.host, ssh_options: sshd.options };
+}
+
+testUnless(
+  NO_SSHD,
+  "README's uptime.ts prints what the command says on each active node",
+  async () => {
+    await using sshd = await startSshd();
+    await using user = await userFolder({
+      "gpu-1": hostOf(sshd),
+      "gpu-2": { ...hostOf(sshd), status: "offline" },
+      "gpu-3": {},
+    });
+
+    const { code, stdout, stderr } = await runScript("uptime.ts", user);
+
+    assertEquals([code, stderr], [0, ""]);
+    assertMatch(stdout, /^gpu-1: .*load average.*\ngpu-3: .*tailscale_ip.*\n$/);
+  },
+);
+
+/** Runs monitor.ts and returns the lines of each node, by name. */
+async function runMonitor(user: UserFolder): Promise<Record<string, string[]>> {
+  await Deno.writeTextFile(`${user.folder}/facts.sh`, scriptOf("facts.sh"));
+
+  const { code, stdout, stderr } = await runScript("monitor.ts", user);
+
+  assertEquals(code, 0, stderr);
+  const reports = stdout.trimEnd().split(/\n(?! )/);
+  return Object.fromEntries(reports.map((report) => {
+    const lines = report.split("\n").map((line) => line.trim());
+    return [lines[0]!.split(":")[0]!, lines];
+  }));
+}
+
+testUnless(
+  NO_SSHD,
+  "README's monitor.ts prints the state, the load and what a node lacks",
+  async () => {
+    await using sshd = await startSshd();
+    await using node = await startNode("ok");
+    const host = { ...hostOf(sshd), data_server_port: node.port };
+    const cpus = navigator.hardwareConcurrency;
+    const memory_gb = Math.floor(Deno.systemMemoryInfo().total / 2 ** 30);
+    await using user = await userFolder({
+      same: { ...host, cpus, memory_gb, ringrift_path: "/" },
+      more: { ...host, cpus: cpus + 1, memory_gb: 2 * memory_gb + 2 },
+      unreached: { data_server_url: `http://127.0.0.1:${node.port}` },
+    });
+
+    const { same, more, unreached } = await runMonitor(user);
+
+    const busy = `load [\\d.]+ on ${cpus} CPUs, \\d+ of \\d+ GB free, disk`;
+    assertEquals(same!.length, 2);
+    assertEquals(same![0], "same: up");
+    assertMatch(same![1]!, new RegExp(`^${busy} \\d+% full$`));
+    // Its ringrift_path is not there.
+    assertMatch(more![1]!, new RegExp(`^${busy} \\? full$`));
+    assertEquals(more!.slice(2), [
+      `! not ${cpus + 1} CPUs`,
+      `! not ${2 * memory_gb + 2} GB of RAM`,
+    ]);
+    assertEquals(unreached![0], "unreached: up");
+    assertMatch(unreached![1]!, /^! .*tailscale_ip/);
+  },
+);
+
+/** Why what a test writes to ~/.bashrc would not be read by its sshd's shell. */
+function bashMissing(): string | undefined {
+  const script = 'getent passwd "$(id -un)" | grep -q "/bash$"';
+  const { success } = new Deno.Command("sh", { args: ["-c", script] })
+    .outputSync();
+  return success ? undefined : "needs bash as the login shell";
+}
+
+/** Lets every login find an nvidia-smi that lists these GPUs. */
+async function installNvidiaSmi(sshd: Sshd, output: string): Promise<void> {
+  // The home of a login: see sshd.ts.
+  const home = sshd.keyPath.replace(/\/[^/]*$/, "");
+  await Deno.mkdir(`${home}/bin`);
+  await Deno.writeTextFile(`${home}/gpus.csv`, output);
+  await writeProgram(
+    `${home}/bin/nvidia-smi`,
+    `#!/bin/sh
+[ "$*" = "--query-gpu=name,utilization.gpu,memory.used,memory.total --format=csv,noheader" ] || exit 2
+cat ${home}/gpus.csv
+`,
+  );
+  await Deno.writeTextFile(`${home}/.bashrc`, `PATH=${home}/bin:$PATH\n`);
+}
+
+const FAILED_SMI =
+  "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.";
+
+/** What nvidia-smi calls a GPU, how many there are, and names that it has or lacks. */
+const GPUS: [name: string, count: number, has: string[], lacks: string[]][] = [
+  [
+    "NVIDIA H100 80GB HBM3",
+    1,
+    ["none", "", "H100", "H100 SXM", "NVIDIA H100 (80GB)", "SXM5 H100"],
+    ["A100", "2x H100"],
+  ],
+  [
+    "NVIDIA GeForce RTX 4090",
+    8,
+    ["8x RTX 4090", "8xRTX4090", "RTX 4090", "4x 4090"],
+    ["9x RTX 4090", "8x RTX 3090"],
+  ],
+  ["NVIDIA GH200 480GB", 1, ["GH200 (96 GB)", "NVIDIA GH200 (96GB)"], ["V100"]],
+  ["NVIDIA A100-SXM4-80GB", 2, ["A100 PCIe", "2x A100"], ["A40"]],
+];
+
+for (const [name, count, has, lacks] of GPUS) {
+  testUnless(
+    NO_SSHD ?? bashMissing(),
+    `README's monitor.ts accepts other names of ${count}x ${name}`,
+    async () => {
+      await using sshd = await startSshd();
+      const row = `${name}, 98 %, 71234 MiB, 81559 MiB`;
+      await installNvidiaSmi(sshd, `${row}\n`.repeat(count));
+      const gpus = [...has, ...lacks];
+      await using user = await userFolder(Object.fromEntries(
+        gpus.map((gpu, index) => [`n${index}`, { ...hostOf(sshd), gpu }]),
+      ));
+
+      const reports = await runMonitor(user);
+
+      for (const [index, gpu] of gpus.entries()) {
+        const rows = Array<string>(count).fill(row);
+        const alarms = lacks.includes(gpu) ? [`! not ${gpu}`] : [];
+        assertEquals(reports[`n${index}`]!.slice(2), [...rows, ...alarms], gpu);
+      }
+    },
+  );
+}
+
+testUnless(
+  NO_SSHD ?? bashMissing(),
+  "README's monitor.ts prints what nvidia-smi says when it fails",
+  async () => {
+    await using sshd = await startSshd();
+    await installNvidiaSmi(sshd, `${FAILED_SMI}\n`);
+    await using user = await userFolder({
+      "gpu-1": { ...hostOf(sshd), gpu: "H100" },
+    });
+
+    const reports = await runMonitor(user);
+
+    assertEquals(reports["gpu-1"]!.slice(2), [FAILED_SMI, "! not H100"]);
+  },
+);
+
+testUnless(
+  NO_SSHD,
+  "README's facts.sh runs by `ssh --stdin`",
+  async () => {
+    await using sshd = await startSshd();
+    await using user = await userFolder({
+      "gpu-1": { ...hostOf(sshd), ringrift_path: "/" },
+    });
+    await Deno.writeTextFile(`${user.folder}/facts.sh`, scriptOf("facts.sh"));
+    const [, line] = /`(cluster-hosts ssh [^`]* < facts\.sh)`/.exec(README)!;
+
+    const { code, stdout, stderr } = await user.shell(line!);
+
+    assertEquals(code, 0, stderr);
+    assertMatch(stdout, /"cpus": \d+, "load": "[\d.]+", "ram": \d+/);
+    assertMatch(stdout, /"disk": "\d+%", "gpus": /);
+  },
+);
+
+// --- elo_sync.ts ---
+
+type Game = Record<string, string | number | null>;
+
+/** The schemas of match_history that RingRift's databases have. */
+const BY_IDS = `CREATE TABLE match_history (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, participant_ids TEXT NOT NULL,
+  winner_id TEXT, game_type TEXT, board_type TEXT, num_players INTEGER,
+  timestamp REAL NOT NULL)`;
+const BY_GAME = `CREATE TABLE match_history (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, game_id TEXT, participant_a TEXT,
+  participant_b TEXT, participant_ids TEXT, rankings TEXT, winner TEXT,
+  board_type TEXT NOT NULL, num_players INTEGER NOT NULL,
+  timestamp REAL NOT NULL);
+  CREATE UNIQUE INDEX game ON match_history (game_id)
+  WHERE game_id IS NOT NULL`;
+const BY_TEXT = `CREATE TABLE match_history (
+  id TEXT PRIMARY KEY, participant_ids TEXT NOT NULL, winner_id TEXT,
+  timestamp TEXT)`;
+const BY_PAIR = `CREATE TABLE match_history (
+  game_id TEXT, participant_a TEXT, participant_b TEXT, winner TEXT,
+  timestamp REAL)`;
+
+/** A game of the first schema. */
+function gameByIds(players: string[], timestamp: number): Game {
+  return {
+    participant_ids: JSON.stringify(players),
+    winner_id: players[0]!,
+    game_type: "selfplay",
+    board_type: "hex8",
+    num_players: players.length,
+    timestamp,
+  };
+}
+
+/** A game of the second schema. */
+function gameById(
+  game_id: string | null,
+  players: string[],
+  timestamp: number,
+): Game {
+  return {
+    game_id,
+    participant_a: players[0]!,
+    participant_b: players[1]!,
+    participant_ids: JSON.stringify(players),
+    rankings: JSON.stringify(players.map((_, index) => index)),
+    winner: players[0]!,
+    board_type: "hex8",
+    num_players: players.length,
+    timestamp,
+  };
+}
+
+function writeDatabase(path: string, schema: string, games: Game[]): void {
+  using database = new DatabaseSync(path);
+  // As RingRift's services do.
+  database.exec("PRAGMA journal_mode = WAL");
+  database.exec(schema);
+  for (const game of games) {
+    const values = Object.keys(game).map(() => "?").join();
+    const columns = Object.keys(game).join();
+    database.prepare(
+      `INSERT INTO match_history (${columns}) VALUES (${values})`,
+    )
+      .run(...Object.values(game));
+  }
+}
+
+/** Returns the bytes of a database that a node would serve. */
+async function databaseOf(schema: string, games: Game[]) {
   await using temp = await tempFolder();
   const path = `${temp.folder}/elo.db`;
-  const db = new DatabaseSync(path);
-  db.exec(GAMES_TABLE);
-  for (const row of rows) db.exec(`INSERT INTO match_history (${GAMES_COLUMNS}) VALUES (${row})`);
-  db.close();
+  writeDatabase(path, schema, games);
   return await Deno.readFile(path);
 }
 
-/** A node that serves `/status`, and whatever `/db` gives. */
-function serveElo(db: () => BodyInit) {
-  return Deno.serve(
-    { hostname: "127.0.0.1", port: 0, onListen() {} },
-    ({ url }) => url.endsWith("/db") ? new Response(db()) : Response.json({}),
-  );
-}
+/** Nodes that serve databases, and a user who merges them. */
+async function startEloCluster(bodies: BodyInit[]) {
+  await using stack = new AsyncDisposableStack();
+  const hosts: Record<string, { tailscale_ip: string }> = {};
+  let port = 0;
+  for (const [index, body] of bodies.entries()) {
+    const hostname = `127.0.0.${2 + index}`;
+    const server = stack.use(Deno.serve(
+      { hostname, port, onListen() {} },
+      ({ url }) => url.endsWith("/db") ? new Response(body) : Response.json({}),
+    ));
+    port = server.addr.port;
+    hosts[`gpu-${index}`] = { tailscale_ip: hostname };
+  }
+  const elo_sync = { sync_port: port };
+  const user = stack.use(await userFolder(hosts, { elo_sync }));
 
-Deno.test("README elo_sync.ts merges each game once, with and without an id, however often it runs", async () => {
-  const shared = "'game-1', 'a', 'b', 'square8', 2, 'a', 1.5";
-  // The same game as another node wrote it down.
-  const later = "'game-1', 'a', 'b', 'square8', 2, 'a', 1.75";
-  const nameless = ["NULL, 'a', 'b', 'square8', 2, 'a', 2.5", "NULL, 'a', 'b', 'square8', 2, NULL, 3.5"];
-  let rows = [shared, ...nameless];
-  let damaged = false;
-  const databases = [
-    async () => await eloDatabase(rows),
-    async () => await eloDatabase([later, nameless[0]!, "'game-2', 'c', 'd', 'hex8', 3, 'd', 4.5"]),
-  ];
-  const bodies = await Promise.all(databases.map((database) => database()));
-  await using first = serveElo(() => damaged ? bodies[0]!.with(0, 0) : bodies[0]!);
-  await using second = Deno.serve(
-    { hostname: "127.0.0.2", port: first.addr.port, onListen() {} },
-    ({ url }) => url.endsWith("/db") ? new Response(bodies[1]!) : Response.json({}),
-  );
-  const hosts = { "gpu-1": { tailscale_ip: "127.0.0.1" }, "gpu-2": { tailscale_ip: second.addr.hostname } };
-  await using user = await userFolder(hosts, { elo_sync: { sync_port: first.addr.port } });
-  const games = () => {
-    using local = new DatabaseSync(`${user.folder}/elo.db`, { readOnly: true });
-    return local.prepare("SELECT COUNT(*) AS count FROM match_history").get()?.count;
-  };
-  const sync = async () => {
-    const { code, stdout, stderr } = await runScript("elo_sync.ts", user.folder);
-    assertEquals(code, 0, stderr);
-    const added = [...stdout.matchAll(/\/db: (\d+) of (\d+) games are new$/gm)].map(([, added, all]) => [added, all]);
-    return { added, stderr };
-  };
-  assertEquals(await sync(), { added: [["3", "3"], ["1", "3"]], stderr: "" });
-  assertEquals(await sync(), { added: [["0", "3"], ["0", "3"]], stderr: "" });
-  assertEquals(games(), 4);
-
-  rows = [...rows, "NULL, 'e', 'f', 'square8', 2, 'e', 5.5"];
-  bodies[0] = await databases[0]!();
-  assertEquals(await sync(), { added: [["1", "4"], ["0", "3"]], stderr: "" });
-  assertEquals(games(), 5);
-
-  // A database that is broken does no harm, and does not keep the next one from being merged.
-  damaged = true;
-  bodies[1] = await eloDatabase(["'game-3', 'c', 'd', 'hex8', 3, 'd', 6.5"]);
-  const { added, stderr } = await sync();
-  assertEquals(added, [["1", "1"]]);
-  assertMatch(stderr, /^http:\/\/127\.0\.0\.1:\d+\/db: Error: file is not a database\n$/);
-  assertEquals(games(), 6);
-});
-
-Deno.test("README elo_sync.ts adds to a database that is there already", async () => {
-  await using node = await startNode("ok", { games: 5 });
-  const hosts = { "gpu-1": { tailscale_ip: "127.0.0.1" } };
-  await using user = await userFolder(hosts, { elo_sync: { sync_port: node.port } });
-  await Deno.writeFile(`${user.folder}/elo.db`, await eloDatabase(["'game-1', 'a', 'b', 'square8', 2, 'a', 1.5"]));
-  const { code, stdout, stderr } = await runScript("elo_sync.ts", user.folder);
-  assertEquals([code, stderr], [0, ""]);
-  assertStringIncludes(stdout, "4 of 5 games are new");
-});
-
-Deno.test("README collect.ts adds up the games, and leaves out a node that fails", async () => {
-  await using good = await startNode("ok", { games: 40, hostname: "127.0.0.2" });
-  let asked = 0;
-  await using failing = Deno.serve(
-    { hostname: "127.0.0.3", port: 0, onListen() {} },
-    () => asked++ === 0 ? Response.json({ game_count: 1000 }) : new Response("no", { status: 500 }),
-  );
-  await using user = await userFolder({
-    "gpu-1": { tailscale_ip: good.hostname, data_server_port: good.port },
-    "gpu-2": { data_server_url: `http://127.0.0.3:${failing.addr.port}` },
-  });
-  const { code, stdout, stderr } = await runScript("collect.ts", user.folder);
-  assertEquals([code, stdout], [0, "40 games in the cluster\n"]);
-  assertEquals(stderr, `http://127.0.0.3:${failing.addr.port} is left out: Error: HTTP 500\n`);
-});
-
-const NO_SSHD = sshdMissing();
-
-/** The README's scripts know nothing of this sshd's key: a config of ssh does, as a user's would. */
-async function sshUser(sshd: Awaited<ReturnType<typeof startSshd>>, hosts: Hosts) {
-  const user = await userFolder(hosts);
-  const options = JSON.stringify(sshd.options);
+  const path = `${user.folder}/elo.db`;
+  const held = stack.move();
   return {
-    ...user,
-    edit: (script: string) =>
-      script.replace(/(runOnNodes\(.*?\["uptime"\])/, `$1, { options: ${options} }`)
-        .replace("{ stdin:", `{ options: ${options}, stdin:`),
+    path,
+    /** Runs elo_sync.ts, and returns what it says of each node. */
+    async sync(): Promise<string[]> {
+      const { code, stdout, stderr } = await runScript("elo_sync.ts", user);
+      assertEquals(code, 0, stderr);
+      const lines = (stdout + stderr).trimEnd().split("\n");
+      return lines.map((line) => line.replace(/^http:\S+\/db: /, ""));
+    },
+    /** Returns some columns of the games of elo.db. */
+    games(columns: string): unknown[][] {
+      using database = new DatabaseSync(path);
+      const rows = database.prepare(`SELECT ${columns} FROM match_history`);
+      return rows.all().map((row) => Object.values(row));
+    },
+    [Symbol.asyncDispose]: () => held.disposeAsync(),
   };
 }
 
-testUnless(NO_SSHD, "README uptime.ts runs a command on all active nodes", async () => {
-  await using sshd = await startSshd();
-  await using user = await sshUser(sshd, {
-    "gpu-1": sshd.host,
-    "gpu-2": { ...sshd.host, status: "offline" },
-    "gpu-3": {},
-  });
-  const { code, stdout, stderr } = await runScript("uptime.ts", user.folder, user.edit);
-  assertEquals([code, stderr], [0, ""]);
-  assertMatch(stdout, /^gpu-1: .*load average.*\ngpu-3: .*(tailscale_ip|address).*\n$/);
+Deno.test("README's elo_sync.ts merges games that no node has numbered alike", async () => {
+  const shared = gameByIds(["a", "b"], 1);
+  await using cluster = await startEloCluster([
+    await databaseOf(BY_IDS, [shared, gameByIds(["a", "c"], 2)]),
+    await databaseOf(BY_IDS, [gameByIds(["x", "y", "z"], 3), shared]),
+  ]);
+
+  const first = await cluster.sync();
+  const second = await cluster.sync();
+
+  assertEquals(first, [
+    "this copy is now elo.db",
+    "1 of 2 games are new, 0 left out",
+  ]);
+  assertEquals(second, [
+    "0 of 2 games are new, 0 left out",
+    "0 of 2 games are new, 0 left out",
+  ]);
+  assertEquals(cluster.games("participant_ids, winner_id, game_type"), [
+    ['["a","b"]', "a", "selfplay"],
+    ['["a","c"]', "a", "selfplay"],
+    ['["x","y","z"]', "x", "selfplay"],
+  ]);
 });
 
-testUnless(NO_SSHD, "README monitor.ts shows state, disk, load and what differs from the inventory", async () => {
-  await using sshd = await startSshd();
-  await using node = await startNode("ok");
-  const cpus = navigator.hardwareConcurrency;
-  const memory_gb = Math.floor(Deno.systemMemoryInfo().total / 2 ** 30);
-  const host = { ...sshd.host, data_server_port: node.port };
-  await using user = await sshUser(sshd, {
-    "gpu-1": { ...host, cpus, memory_gb: memory_gb + 1 },
-    "gpu-2": { ...host, cpus: cpus + 1, memory_gb: 100 * (memory_gb + 1), gpu: "H100" },
-    "gpu-3": { data_server_url: `http://127.0.0.1:${node.port}` },
-  });
-  await Deno.writeTextFile(`${user.folder}/facts.sh`, scriptOf("facts.sh"));
-  const { code, stdout, stderr } = await runScript("monitor.ts", user.folder, user.edit);
-  assertEquals([code, stderr], [0, ""]);
-  const [same, differs, unreached] = stdout.trimEnd().split("\n");
-  assertMatch(same!, /^gpu-1: up; disk \d+%, load [\d.]+$/);
-  assertMatch(
-    differs!,
-    new RegExp(
-      `^gpu-2: up; disk \\d+%, load [\\d.]+; cpus ${cpus}, not ${cpus + 1}; memory_gb \\d+, not ` +
-        `${100 * (memory_gb + 1)}; gpu none, not H100$`,
-    ),
-  );
-  assertMatch(unreached!, /^gpu-3: up; ssh no-address: .+$/);
+Deno.test("README's elo_sync.ts merges a game with an id once, whoever wrote it down", async () => {
+  await using cluster = await startEloCluster([
+    await databaseOf(BY_GAME, [
+      gameById("g1", ["a", "b"], 1),
+      gameById(null, ["a", "b"], 2),
+    ]),
+    await databaseOf(BY_GAME, [
+      // Another node's clock is another.
+      gameById("g1", ["a", "b"], 1.5),
+      gameById(null, ["a", "b"], 2),
+      gameById("g2", ["c", "d", "e"], 3),
+    ]),
+  ]);
+
+  const first = await cluster.sync();
+  const second = await cluster.sync();
+
+  assertEquals(first[1], "1 of 3 games are new, 0 left out");
+  assertEquals(second[1], "0 of 3 games are new, 0 left out");
+  assertEquals(cluster.games("game_id, timestamp, rankings").at(-1), [
+    "g2",
+    3,
+    "[0,1,2]",
+  ]);
+  assertEquals(cluster.games("game_id").length, 3);
 });
 
-Deno.test("README's inventory has 15 lines, no problem and no warning", () => {
-  const [, text] = /```yaml\n(hosts:.*?)```/s.exec(README) ?? [];
-  assertEquals(text!.trimEnd().split("\n").length, 15);
+Deno.test("README's elo_sync.ts merges games whose id is a text", async () => {
+  const game = (id: string, timestamp: string) => ({
+    id,
+    participant_ids: '["a","b"]',
+    winner_id: "a",
+    timestamp,
+  });
+  await using cluster = await startEloCluster([
+    await databaseOf(BY_TEXT, [game("u1", "2026-01-01")]),
+    await databaseOf(BY_TEXT, [
+      game("u1", "2026-01-02"),
+      game("u2", "2026-01-03"),
+    ]),
+  ]);
+
+  const [, merged] = await cluster.sync();
+
+  assertEquals(merged, "1 of 2 games are new, 0 left out");
+  assertEquals(cluster.games("id, timestamp"), [
+    ["u1", "2026-01-01"],
+    ["u2", "2026-01-03"],
+  ]);
+});
+
+Deno.test("README's elo_sync.ts merges databases of two schemas without losing a player", async () => {
+  const paired = { ...gameById("g2", ["a", "b"], 2), participant_ids: null };
+  await using cluster = await startEloCluster([
+    await databaseOf(BY_IDS, [gameByIds(["a", "b"], 1)]),
+    await databaseOf(BY_GAME, [gameById("g1", ["x", "y", "z"], 3), paired]),
+    await databaseOf(BY_PAIR, [{
+      game_id: "g3",
+      participant_a: "a",
+      participant_b: "b",
+      winner: "a",
+      timestamp: 4,
+    }]),
+  ]);
+
+  const [, byGame, byPair] = await cluster.sync();
+
+  assertEquals(byGame, "1 of 2 games are new, 1 left out");
+  // They have only the time in common.
+  assertEquals(byPair, "0 of 1 games are new, 1 left out");
+  assertEquals(cluster.games("participant_ids, num_players"), [
+    ['["a","b"]', 2],
+    ['["x","y","z"]', 3],
+  ]);
+});
+
+const SOUND = await databaseOf(
+  BY_IDS,
+  Array.from({ length: 2000 }, (_, index) => gameByIds(["a", "b"], index)),
+);
+const DAMAGED: [what: string, bytes: Uint8Array<ArrayBuffer>][] = [
+  ["is cut off", SOUND.slice(0, SOUND.length / 2)],
+  ["has other bytes in the middle", overwrite(SOUND, SOUND.length / 2, 8192)],
+  ["is no database", new TextEncoder().encode("<h1>Not found</h1>")],
+  ["is empty", new Uint8Array()],
+  ["has no games", await databaseOf("CREATE TABLE other (a)", [])],
+];
+
+function overwrite(bytes: typeof SOUND, start: number, length: number) {
+  const copy = bytes.slice();
+  copy.fill(0xff, start, start + length);
+  return copy;
+}
+
+for (const [what, bytes] of DAMAGED) {
+  Deno.test(`README's elo_sync.ts changes nothing for a copy that ${what}`, async () => {
+    const games = [gameByIds(["a", "b"], -1)];
+    await using cluster = await startEloCluster([bytes]);
+    writeDatabase(cluster.path, BY_IDS, games);
+    const before = await Deno.readFile(cluster.path);
+
+    const [line] = await cluster.sync();
+
+    assertMatch(line!, /^Error: /);
+    assertEquals(await Deno.readFile(cluster.path), before);
+  });
+}
+
+Deno.test("README's elo_sync.ts makes no elo.db of a damaged copy", async () => {
+  await using cluster = await startEloCluster([DAMAGED[0]![1], SOUND]);
+
+  const lines = await cluster.sync();
+
+  assertEquals(lines[0], "this copy is now elo.db");
+  assertMatch(lines[1]!, /^Error: /);
+  assertEquals(cluster.games("id").length, 2000);
+});
+
+// --- Command lines ---
+
+Deno.test("README's inventory has no problem and no warning", () => {
+  const [text] = codeBlocks(README, "yaml");
+
   const { config, problems, warnings } = validateHostsConfig(text!);
+
   assertEquals([problems, warnings], [[], []]);
   assertEquals(Object.keys(config!.hosts), ["head", "gpu-1", "gpu-2"]);
 });
 
-/** The lines that a reader could type. */
+/** Returns the lines of shell that a reader can type, without comments. */
 function shellLines(markdown: string): string[] {
-  const blocks = [...markdown.matchAll(/```sh\n(.*?)```/gs)].map(([, block]) => block!);
-  return blocks.filter((block) => !block.startsWith("#")).join("").split("\n")
-    .map((line) => line.replace(/\s+#.*/, "")).filter((line) => line !== "");
+  const blocks = codeBlocks(markdown, "sh");
+  const typed = blocks.filter((block) => !block.startsWith("#"));
+  const lines = typed.join("").split("\n");
+  return lines.map((line) => line.replace(/\s+#.*/, "")).filter(Boolean);
 }
 
-const ABSENT = ["curl", "aria2c"].filter((program) => programMissing(program) !== undefined);
-const SKIPPED = ABSENT.length > 0 ? ` (${ABSENT.join(" and ")} missing: those lines are not looked at)` : "";
-
-Deno.test(`README command lines run as written, one after the other${SKIPPED}`, async () => {
-  await using server = serveCheckout();
-  await using node = await startNode("ok", { games: 3, hostname: "127.0.0.2" });
-  await using user = await userFolder({});
-  await Deno.remove(`${user.folder}/config`, { recursive: true });
-  const env = { DENO_INSTALL_ROOT: `${user.folder}/deno`, PATH: `${user.folder}/deno/bin:${Deno.env.get("PATH")}` };
-  const type = (line: string) => {
-    // The lines of the section on JSR bring the import map themselves, which every other one needs here.
-    const flags = server.flags.filter((flag) => !line.includes("--import-map") || !flag.startsWith("--import-map"));
-    const command = line.replaceAll(PLACEHOLDER, server.url)
-      .replace(/^deno (run|install) /, `deno $1 -q --no-config ${flags.join(" ")} `);
-    return run("sh", ["-c", command], { cwd: user.folder, env });
-  };
-  const inventory = () =>
-    user.write({ "gpu-1": { tailscale_ip: node.hostname } }, {
-      elo_sync: { sync_port: node.port },
-      distributed: { data_server_port: node.port },
-    });
-  const isUp = ({ code, stdout, stderr }: RunResult) => {
-    assertEquals([code, stderr], [0, ""]);
-    assertMatch(stdout, /^gpu-1 .* up /m);
-  };
-
-  const hasCurl = !ABSENT.includes("curl");
-
-  const checks: [line: RegExp, check: (result: RunResult) => unknown][] = [
-    [/^curl /, async ({ code, stderr }) => {
-      if (hasCurl) {
-        assertEquals([code, stderr], [0, ""]);
-        const fetched = await Deno.readTextFile(`${user.folder}/config/distributed_hosts.yaml`);
-        assertEquals(fetched, await Deno.readTextFile(`${ROOT}config/distributed_hosts.example.yaml`));
-      } else {
-        await Deno.mkdir(`${user.folder}/config`);
-      }
-      // Its addresses are examples: nothing but loopback is asked.
-      await inventory();
-    }],
-    [/^deno run .* nodes$/, ({ code, stdout, stderr }) => {
-      assertEquals([code, stderr], [0, ""]);
-      assertMatch(stdout, /^gpu-1 /m);
-    }],
-    [/^deno install /, ({ code, stderr }) => assertEquals(code, 0, stderr)],
-    [/^cluster-hosts status$|^deno run .* status$/, isUp],
-    [/ urls elo /, ({ code, stdout, stderr }) => {
-      if (ABSENT.includes("aria2c")) return;
-      assertEquals(code, 0, stdout + stderr);
-      using db = new DatabaseSync(`${user.folder}/db`, { readOnly: true });
-      assertEquals(db.prepare("SELECT COUNT(*) AS count FROM match_history").get()?.count, 3);
-    }],
-    [/ urls data /, ({ code, stdout }) => {
-      if (!hasCurl) return;
-      assertEquals([code, JSON.parse(stdout).game_count], [0, 3]);
-    }],
+/** Copies what a user of a checkout has. */
+async function copyCheckout(folder: string): Promise<void> {
+  await Deno.mkdir(`${folder}/config`, { recursive: true });
+  const names = [
+    "mod.ts",
+    "cluster_hosts.ts",
+    "cli.ts",
+    "deno.json",
+    "config/distributed_hosts.example.yaml",
   ];
-  for (const line of shellLines(README)) {
-    // The demo has a test of its own, and the suite is what runs this.
-    if (line.startsWith("npx -y deno@2.9.6 task ")) continue;
-    const [, check] = checks.find(([pattern]) => pattern.test(line)) ?? [];
-    if (!check) throw new Error(`No test knows the line ${line}`);
-    await check(await type(line));
+  for (const name of names) {
+    await Deno.copyFile(ROOT + name, `${folder}/${name}`);
   }
-});
+}
 
-Deno.test("README deno task demo finds the broken nodes, and only them", async () => {
-  // Its ports are fixed, and a test beside this one may have the same cluster up.
+function assertSuccess({ code, stdout, stderr }: RunResult): void {
+  assertEquals(code, 0, stdout + stderr);
+}
+
+function assertGpuIsUp(result: RunResult): void {
+  assertSuccess(result);
+  assertMatch(result.stdout, /^gpu-1 .* up /m);
+}
+
+const TOOLS_MISSING = programMissing("curl") ?? programMissing("aria2c");
+
+testUnless(
+  NO_SSHD ?? TOOLS_MISSING,
+  "README's command lines run as written, one after the other",
+  async () => {
+    await using server = serveCheckout();
+    await using sshd = await startSshd();
+    const address = "127.0.0.2";
+    await using node = await startNode("ok", { games: 3, hostname: address });
+    await using user = await userFolder({});
+    await Deno.remove(`${user.folder}/config`, { recursive: true });
+    await Deno.remove(`${user.folder}/.deno`, { recursive: true });
+    const checkout = `${user.folder}/checkout`;
+    await copyCheckout(checkout);
+
+    const writeInventory = () => {
+      const host = { ...hostOf(sshd), tailscale_ip: address };
+      return user.write({ "gpu-1": host }, {
+        elo_sync: { coordinator: "gpu-1", sync_port: node.port },
+        distributed: { data_server_port: node.port },
+      });
+    };
+    const commandOf = (line: string) => {
+      // The line on JSR brings an import map itself; here every one needs it.
+      const flags = server.flags.filter((flag) =>
+        !flag.startsWith("--import-map") || !line.includes("--import-map")
+      );
+      return line.replaceAll(PLACEHOLDER, server.url).replace(
+        /^deno (run|install) /,
+        `deno $1 -q --no-config ${flags.join(" ")} `,
+      );
+    };
+    const env = {
+      DENO_INSTALL_ROOT: `${user.folder}/deno`,
+      PATH: `${user.folder}/deno/bin:${Deno.env.get("PATH")}`,
+    };
+    const type = (line: string, cwd = user.folder) =>
+      run("sh", ["-c", commandOf(line)], { cwd, env });
+
+    const assertWatches = async (line: string) => {
+      const command = `cd ${user.folder} && exec ${commandOf(line)}`;
+      await using watch = start("sh", ["-c", command], { env });
+      assertMatch(await nextLine(watch.stdout), / gpu-1: up$/);
+      watch.process.kill("SIGINT");
+      assertEquals((await watch.end()).code, 130);
+    };
+
+    const checks: [line: RegExp, check: (line: string) => Promise<unknown>][] =
+      [
+        // The demo has a test of its own, and the suite is what runs this one.
+        [/^npx -y deno@2\.9\.6 task (demo|test)$/, () => Promise.resolve()],
+        [/^curl /, async (line) => {
+          assertSuccess(await type(line));
+          const name = "config/distributed_hosts.example.yaml";
+          const fetched = await Deno.readTextFile(
+            `${user.folder}/config/distributed_hosts.yaml`,
+          );
+          assertEquals(fetched, await Deno.readTextFile(ROOT + name));
+          // Its addresses are examples: nothing but loopback is asked.
+          await writeInventory();
+        }],
+        [/^deno run .* nodes$/, async (line) => {
+          const result = await type(line);
+          assertSuccess(result);
+          assertMatch(result.stdout, /^gpu-1 /m);
+        }],
+        [/^deno install /, async (line) => assertSuccess(await type(line))],
+        [/^cp /, async (line) => assertSuccess(await type(line, checkout))],
+        [/^deno task cluster-hosts nodes$/, async (line) => {
+          const result = await type(line, checkout);
+          assertSuccess(result);
+          assertMatch(result.stdout, /^gpu-node-1 /m);
+        }],
+        [/ status .*--watch$/, assertWatches],
+        [/ status .*--names$/, async (line) => {
+          const { code, stdout } = await type(line);
+          assertEquals([code, stdout], [0, ""]);
+        }],
+        [/ status( --ssh)?$/, async (line) => assertGpuIsUp(await type(line))],
+        [/ ssh 'gpu-\*' -- uptime$/, async (line) => {
+          const result = await type(line);
+          assertSuccess(result);
+          assertMatch(result.stdout, /^gpu-1: .*load average/);
+        }],
+        [/ ssh '\*' --gather -- uname -r$/, async (line) => {
+          const result = await type(line);
+          assertSuccess(result);
+          assertStringIncludes(result.stdout, "gpu-1");
+        }],
+        [/ ssh gpu-1$/, async (line) => assertSuccess(await type(line))],
+        [/ wait /, async (line) => assertSuccess(await type(line))],
+        [/ urls data /, async (line) => {
+          const result = await type(line);
+          assertSuccess(result);
+          assertEquals(JSON.parse(result.stdout).game_count, 3);
+        }],
+        [/ urls elo /, async (line) => {
+          assertSuccess(await type(line));
+          using database = new DatabaseSync(`${user.folder}/db`);
+          const games = database.prepare("SELECT * FROM match_history").all();
+          assertEquals(games.length, 3);
+        }],
+        [/ validate$/, async (line) => assertSuccess(await type(line))],
+      ];
+
+    for (const line of shellLines(README)) {
+      const check = checks.find(([pattern]) => pattern.test(line));
+      if (!check) throw new Error(`No test knows the line ${line}`);
+      await check[1](line);
+    }
+  },
+);
+
+Deno.test("deno task demo finds the broken nodes, and only them", async () => {
+  // Its ports are fixed, and a test beside this one may use them.
   let demo = await run("deno", ["task", "-q", "demo"]);
-  for (let tries = 0; demo.stderr.includes("The demo cannot start") && tries < 20; tries++) {
+  for (let tries = 0; tries < 20; tries++) {
+    if (!demo.stderr.includes("The demo cannot start")) break;
     await delay(500);
     demo = await run("deno", ["task", "-q", "demo"]);
   }
-  const { code, stdout, stderr } = demo;
-  assertEquals(code, 0, stdout + stderr);
-  assertStringIncludes(stdout, "3 of 8 nodes up");
+
+  assertSuccess(demo);
+  assertStringIncludes(demo.stdout + demo.stderr, "3 of 8 nodes up");
 });
 
-Deno.test("README.md has at most 12 KB, and tests/README.md names tests that are there", async () => {
-  assert(new TextEncoder().encode(README).length <= 12 * 1024);
+Deno.test("README's commands are the ones that --help lists", async () => {
+  const [table] = codeBlocks(README, "text")
+    .filter((text) => text.startsWith("status "));
+  const names = [...table!.matchAll(/^(\w+)/gm)].map(([, name]) => name);
+
+  const { stdout } = await run("deno", [
+    "run",
+    "-q",
+    "--config",
+    `${ROOT}deno.json`,
+    `${ROOT}cli.ts`,
+    "--help",
+  ]);
+
+  const [commands] = stdout.split("NODE is");
+  const listed = [...commands!.matchAll(/^ {2}(\w+)/gm)].map(([, name]) =>
+    name
+  );
+  assertEquals(new Set(names), new Set(listed));
+});
+
+Deno.test("tests/README.md names tests that are there", async () => {
   const guarantees = await Deno.readTextFile(`${ROOT}tests/README.md`);
+  const rows = guarantees.matchAll(/\| `(\w+_test\.ts)`: (.+?) +\|$/gm);
   const missing: string[] = [];
-  for (const [, file, words] of guarantees.matchAll(/\| `(\w+_test\.ts)`: (.+?) +\|$/gm)) {
-    if (!(await Deno.readTextFile(`${ROOT}tests/${file}`)).includes(words!)) missing.push(`${file}: ${words}`);
+  for (const [, file, words] of rows) {
+    const text = await Deno.readTextFile(`${ROOT}tests/${file}`);
+    for (const part of words!.split("; ")) {
+      if (!text.includes(part)) missing.push(`${file}: ${part}`);
+    }
   }
   assertEquals(missing, []);
-});
-
-testUnless(NO_SSHD, "README facts.sh is what `ssh --stdin` runs, with a file that a shell opens", async () => {
-  await using sshd = await startSshd();
-  const [, line] = /`(cluster-hosts ssh .* < facts\.sh)`/.exec(README) ?? [];
-  await using user = await userFolder({ "gpu-1": sshd.host, "gpu-2": sshd.host });
-  await Deno.writeTextFile(`${user.folder}/facts.sh`, scriptOf("facts.sh"));
-  const cli = `deno run -q --no-prompt -P=cli --config ${ROOT}deno.json ${ROOT}cli.ts`;
-  const command = line!.replace("cluster-hosts ssh", `${cli} ssh ${sshd.flags.join(" ")}`);
-  const { code, stdout, stderr } = await run("sh", ["-c", command], { cwd: user.folder });
-  assertEquals(code, 0, stderr);
-  assertMatch(stdout, /"cpus": \d+, "memory_gb": \d+, "gpu": "", "disk": "\d+%", "load": [\d.]+}/);
-});
-
-testUnless(programMissing("promtool"), "config/README.md's Prometheus recipe is a config of Prometheus", async () => {
-  await using user = await userFolder({ "gpu-1": { tailscale_ip: "127.0.0.2" } });
-  const [, recipe] = /```yaml\n(scrape_configs:.*?)```/s.exec(RECIPES) ?? [];
-  await Deno.writeTextFile(`${user.folder}/prometheus.yml`, recipe!);
-  const exported = await run(
-    "deno",
-    ["run", "-q", "-P=cli", "--config", `${ROOT}deno.json`, `${ROOT}cli.ts`, "export", "prometheus"],
-    { cwd: user.folder },
-  );
-  assertEquals(exported.code, 0, exported.stderr);
-  await Deno.writeTextFile(`${user.folder}/cluster.json`, exported.stdout);
-  const { code, stdout, stderr } = await run("promtool", ["check", "config", "prometheus.yml"], { cwd: user.folder });
-  assertEquals(code, 0, stdout + stderr);
-  const found = await run("promtool", ["check", "service-discovery", "--timeout=1s", "prometheus.yml", "cluster"], {
-    cwd: user.folder,
-  });
-  assertEquals(found.code, 0, found.stderr);
-  const [{ labels }] = JSON.parse(found.stdout);
-  assertEquals([labels.__address__, labels.__param_target, labels.instance], [
-    "127.0.0.1:9115",
-    "http://127.0.0.2:8766/status",
-    "gpu-1",
-  ]);
-});
-
-testUnless(programMissing("ansible-inventory"), "config/README.md's script is an inventory of Ansible", async () => {
-  await using user = await userFolder({ "gpu-1": { tailscale_ip: "127.0.0.2", gpu: "H100" } });
-  const [, script] = /```sh\n(#!\/bin\/sh\n.*?)```/s.exec(RECIPES) ?? [];
-  const cli = `deno run -q -P=cli --config ${ROOT}deno.json ${ROOT}cli.ts`;
-  await Deno.writeTextFile(`${user.folder}/inventory.sh`, script!.replace("exec cluster-hosts", `exec ${cli}`), {
-    mode: 0o755,
-  });
-  const { code, stdout, stderr } = await run("ansible-inventory", ["-i", "./inventory.sh", "--list"], {
-    cwd: user.folder,
-  });
-  assertEquals(code, 0, stderr);
-  assertEquals(JSON.parse(stdout).gpu_H100.hosts, ["gpu-1"]);
+  assert(guarantees.includes("_test.ts"));
 });

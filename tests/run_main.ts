@@ -1,10 +1,12 @@
 /**
- * Runs the command line in this process, with streams that record what it writes.
+ * Runs the command line in this process, with streams that record what it
+ * writes.
  *
  * @module
  */
 import { type Io, main } from "../cli.ts";
 
+/** Options of {@linkcode runMain} and {@linkcode startMain}. */
 export interface MainOptions {
   /**
    * The width of a terminal; a pipe if it is not set.
@@ -12,15 +14,40 @@ export interface MainOptions {
    * @default {undefined}
    */
   readonly columns?: number;
-  /** @default {24} */
+
+  /**
+   * The height of the terminal.
+   *
+   * @default {24}
+   */
   readonly rows?: number;
-  /** Whether progress goes to a terminal, too. */
+
+  /**
+   * True if stderr is a terminal, too.
+   *
+   * @default {false}
+   */
   readonly isErrTerminal?: boolean;
-  /** Whether there are colours. */
+
+  /**
+   * True if the terminal shows colours.
+   *
+   * @default {false}
+   */
   readonly hasColour?: boolean;
-  /** As with `TERM=dumb`. */
+
+  /**
+   * True for a terminal as with `TERM=dumb`.
+   *
+   * @default {false}
+   */
   readonly isDumb?: boolean;
-  /** What it reads. */
+
+  /**
+   * The text on stdin.
+   *
+   * @default {""}
+   */
   readonly stdin?: string;
 }
 
@@ -31,29 +58,50 @@ export interface MainResult {
   readonly stderr: string;
 }
 
-/** A command that {@linkcode startMain} started. */
-export interface RunningMain {
+/** A command that {@linkcode startMain} started. Its disposal ends it. */
+export interface RunningMain extends AsyncDisposable {
   readonly stdout: string;
   readonly stderr: string;
+
   /** Sends a signal to it alone. */
   kill(signal: Deno.Signal): void;
-  /** Returns as soon as what it wrote passes the test, and fails when it ends before. */
-  until(test: (output: { stdout: string; stderr: string }) => boolean): Promise<void>;
-  /** How it ends. */
+
+  /** Resolves as soon as what it wrote passes the test; rejects when it ends before. */
+  until(
+    test: (output: { stdout: string; stderr: string }) => boolean,
+  ): Promise<void>;
+
+  /** Resolves when it has ended. */
   readonly ended: Promise<MainResult>;
 }
 
 /** Runs one command line to its end. */
-export async function runMain(args: readonly string[], options: MainOptions = {}): Promise<MainResult> {
+export async function runMain(
+  args: readonly string[],
+  options: MainOptions = {},
+): Promise<MainResult> {
   return await startMain(args, options).ended;
 }
 
 /** Starts one command line. */
-export function startMain(args: readonly string[], options: MainOptions = {}): RunningMain {
-  const { columns, rows = 24, isErrTerminal = false, hasColour = false, isDumb = false, stdin = "" } = options;
+export function startMain(
+  args: readonly string[],
+  options: MainOptions = {},
+): RunningMain {
+  const {
+    columns,
+    rows = 24,
+    isErrTerminal = false,
+    hasColour = false,
+    isDumb = false,
+    stdin = "",
+  } = options;
+
   const written = { stdout: "", stderr: "" };
   const listeners = new Set<(signal: Deno.Signal) => void>();
   let changed = Promise.withResolvers<void>();
+  let isEnded = false;
+
   const write = (stream: "stdout" | "stderr") => (text: string) => {
     written[stream] += text;
     changed.resolve();
@@ -73,12 +121,19 @@ export function startMain(args: readonly string[], options: MainOptions = {}): R
     hasCursor: !isDumb,
     hasColour: hasColour && !isDumb,
   };
-  let isEnded = false;
-  const ended = main(args, io).then((code) => {
+
+  const run = async () => {
+    const code = await main(args, io);
     isEnded = true;
     changed.resolve();
     return { code, ...written };
-  });
+  };
+  const ended = run();
+
+  const kill = (signal: Deno.Signal) => {
+    for (const listener of listeners) listener(signal);
+  };
+
   return {
     get stdout() {
       return written.stdout;
@@ -87,12 +142,18 @@ export function startMain(args: readonly string[], options: MainOptions = {}): R
       return written.stderr;
     },
     ended,
-    kill: (signal) => listeners.forEach((listener) => listener(signal)),
+    kill,
     async until(test) {
       while (!test(written)) {
-        if (isEnded) throw new Error(`It ended before: ${JSON.stringify(written)}`);
+        if (isEnded) {
+          throw new Error(`It ended before: ${JSON.stringify(written)}`);
+        }
         await changed.promise;
       }
+    },
+    async [Symbol.asyncDispose]() {
+      kill("SIGTERM");
+      await ended;
     },
   };
 }

@@ -21,7 +21,11 @@ async function answer(conn: Deno.TcpConn): Promise<void> {
   }
 }
 
-const listener = Deno.listen({ hostname: "0.0.0.0", port: 0, tcpBacklog: 4096 });
+const listener = Deno.listen({
+  hostname: "0.0.0.0",
+  port: 0,
+  tcpBacklog: 4096,
+});
 console.log(listener.addr.port);
 const parent = Deno.ppid;
 setInterval(() => Deno.ppid === parent || Deno.exit(), 1000);
