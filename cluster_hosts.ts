@@ -6,9 +6,10 @@
  * What holds for every function:
  *
  * - Importing this module needs no permission. Each permission is used when it
- *   is needed and never prompted for: a missing one throws
- *   `Deno.errors.NotCapable` with the exact flag, and an environment variable
- *   that may not be read counts as unset.
+ *   is needed and never prompted for. A missing one throws
+ *   `Deno.errors.NotCapable` with the exact flag (`probeNodes` and `watchNodes`
+ *   report it as `denied`); an environment variable that may not be read counts
+ *   as unset.
  * - An inventory that cannot be used throws {@linkcode HostsConfigError}.
  * - A fault of the caller throws `TypeError` or `RangeError` before anything is
  *   contacted. A fault of one node never rejects a call.
@@ -178,7 +179,8 @@ export function formatConfigProblem(
 
 /**
  * Finds the known word that was probably meant: one that differs in case or by
- * one edit, else one that begins with at least three letters of `word`.
+ * one edit, else the first that starts with `word`, if that has three letters or
+ * more.
  */
 export function didYouMean(
   word: string,
@@ -250,7 +252,7 @@ function errorText(error: unknown): string {
 
 /** Formats a duration for a sentence: `250 ms`, `1.5 s`, `60 s`. */
 export function formatMs(ms: number): string {
-  if (ms < 1000) return `${Math.round(ms)} ms`;
+  if (Math.round(ms) < 1000) return `${Math.round(ms)} ms`;
 
   const seconds = Number((ms / 1000).toFixed(2));
   return `${seconds} s`;
@@ -762,7 +764,7 @@ function parseUser(value: unknown): Parsed<string> {
   return word;
 }
 
-const LEADING_ZERO = "is written with a leading zero: leave that out";
+const LEADING_ZERO = "has a leading zero: remove it";
 
 const NOT_PLAIN = "write it as a plain number";
 
@@ -916,7 +918,7 @@ function sshSettingProblem(key: string, setting: string): string | undefined {
 function parseJumpHost(text: string): Parsed<string> {
   const hop = text.replace(/^ssh:\/\//i, "");
 
-  // In an IPv6 address without brackets, a colon begins no port.
+  // An IPv6 address without brackets cannot carry a port.
   const [suffix = "", digits] = /(?<=^[^:]*|\]):(\d+)$/.exec(hop) ?? [];
   const port = digits === undefined ? undefined : parsePort(digits);
   if (port && "problem" in port) return port;
@@ -1046,14 +1048,13 @@ export class ClusterNode {
 
   /** Every distinct address, best first. */
   get addresses(): string[] {
-    const addresses = new Set<string>();
+    const { tailscaleIp, sshHost } = this;
+    const addresses = tailscaleIp === undefined ? [] : [tailscaleIp];
+    if (sshHost === undefined) return addresses;
 
-    if (this.tailscaleIp !== undefined) addresses.add(this.tailscaleIp);
-    if (this.sshHost !== undefined) {
-      addresses.add(splitUser(this.sshHost).host);
-    }
-
-    return [...addresses];
+    const { host } = splitUser(sshHost);
+    if (host !== tailscaleIp) addresses.push(host);
+    return addresses;
   }
 
   /**
@@ -1303,7 +1304,7 @@ function isHttp(address: string): boolean {
 function withoutCredentials(address: string): string {
   if (!isHttp(address)) return address;
 
-  // In what is no URL, a password may hold anything.
+  // If it does not parse, a password may hold anything: up to the last "@".
   const credentials = URL.canParse(address)
     ? /^(https?:\/*)[^/?#]*@/i
     : /^(https?:\/*).*@/is;
@@ -1383,7 +1384,9 @@ function hasUtf16Bom([first, second]: Uint8Array): boolean {
   return isLittleEndian || isBigEndian;
 }
 
-/** Fetches a text, straight from the host that the URL names. */
+/**
+ * Fetches a text without following redirects. Proxies of the environment apply.
+ */
 async function fetchText(
   address: string,
   options: { timeoutMs: number; signal: AbortSignal | undefined },
@@ -1602,7 +1605,7 @@ async function loadIfThere(
   return requireParsed(inspectText(text, origin), origin);
 }
 
-/** Throws a `TypeError` on a source that only a mistake can have given. */
+/** Throws a `TypeError` if `source` is not a path, a URL or a config. */
 function requireSource(source: unknown): void {
   if (isPromise(source)) {
     throw new TypeError("Expected an inventory, got a promise: await it");
@@ -1653,7 +1656,7 @@ function requireParsed(inspection: Inspection, origin: string): ParsedConfig {
 }
 
 /**
- * Parses the text of an inventory, which errors call `origin`. An empty text is
+ * Parses the text of an inventory; `origin` names it in errors. An empty text is
  * an empty cluster.
  *
  * @throws {HostsConfigError} if it has problems
@@ -2197,8 +2200,9 @@ const ODD_NUMBER = /(?:[\s,[{]|["']:)[-+]?(?:0[\dbx_]|\d+_)/;
 /**
  * Compares the names and numbers of a document with how they are written.
  *
- * YAML reads the name `010` as 8, and an object has integers first. The text is
- * parsed again, to texts alone, only if there is reason to.
+ * YAML reads the name `010` as 8, and an object lists integer keys first. Only if
+ * a name or a number looks affected is the text parsed again, with every scalar
+ * as a string.
  */
 function checkSpelling(
   text: string,
@@ -2751,7 +2755,7 @@ function findDefaultsWarnings(defaults: unknown): ConfigProblem[] {
   return warnings;
 }
 
-/** Finds fields of hosts in `distributed`, where they are not looked for. */
+/** Finds host fields in `distributed`, where they have no effect. */
 function findDistributedWarnings(distributed: unknown): ConfigProblem[] {
   if (!isMapping(distributed)) return [];
 
@@ -3117,7 +3121,7 @@ export interface NodeSelection {
    */
   readonly roles?: readonly string[] | undefined;
   /**
-   * Statuses, ignoring case. One that is inactive selects its nodes too.
+   * Statuses, ignoring case. Naming an inactive one also selects its nodes.
    *
    * @default {undefined} any active status
    */
@@ -3223,8 +3227,8 @@ export function selectNodes(
 }
 
 /**
- * Throws at a fault of a selection that shows without any nodes, so that it
- * comes before an inventory is fetched.
+ * Validates a selection without any nodes, so that a fault of it is reported
+ * before an inventory is fetched.
  */
 function requireSelection(selection: NodeSelection): void {
   const lists = ["names", "exclude", "roles", "statuses", "gpus"] as const;
@@ -3271,18 +3275,13 @@ function lowerCase(text: string): string {
   return text.toLowerCase();
 }
 
-/** Returns the values that a host has under a key, as text. */
+/** Returns the values of a node under a key, known or its own, as text. */
 function valuesOf(node: ClusterNode, key: string): string[] {
-  const hasOwn = Object.hasOwn(node.entry, key);
-  const own = hasOwn ? node.entry[key] : undefined;
-  const value = isUnset(own) ? knownValue(node, key) : own;
+  const field = HOST_FIELD_NAMES.find((it) => HOST_FIELDS[it].key === key);
+  const own = Object.hasOwn(node.entry, key) ? node.entry[key] : undefined;
+  const value: unknown = field === undefined ? own : node[field];
 
   return [value].flat().filter((item) => !isUnset(item)).map(String);
-}
-
-function knownValue(node: ClusterNode, key: string): unknown {
-  const name = HOST_FIELD_NAMES.find((name) => HOST_FIELDS[name].key === key);
-  return name === undefined ? undefined : node[name];
 }
 
 /** What the patterns of a list take. */
@@ -3374,7 +3373,7 @@ function operatorHint(pattern: string): string | undefined {
     return `leave ${what} out with exclude or --exclude`;
   }
   if (pattern.includes("&")) {
-    return "to narrow down, add roles, gpus or where: --role, --gpu, --where";
+    return "to intersect, use roles, gpus or where (--role, --gpu, --where)";
   }
   if (pattern.startsWith("@")) {
     return `select ${JSON.stringify(pattern.slice(1))} with roles or --role`;
@@ -3534,21 +3533,20 @@ function parseNumbers(
   const isWholeAfter = isWildcard(neighbours.after);
   const maxDigits = Math.max(...ranges.map((range) => range.maxDigits));
 
-  return {
-    value(name, at) {
-      const ends: number[] = [];
-      if (isWholeBefore && isDigit(name[at - 1])) return ends;
+  const numberEnds = (name: string, at: number): number[] => {
+    const ends: number[] = [];
+    if (isWholeBefore && isDigit(name[at - 1])) return ends;
 
-      for (let end = at + 1; end <= at + maxDigits; end++) {
-        if (!isDigit(name[end - 1])) break;
+    for (let end = at + 1; end <= at + maxDigits; end++) {
+      if (!isDigit(name[end - 1])) break;
 
-        const digits = name.slice(at, end);
-        const isCut = isWholeAfter && isDigit(name[end]);
-        if (!isCut && ranges.some((range) => range.has(digits))) ends.push(end);
-      }
-      return ends;
-    },
+      const digits = name.slice(at, end);
+      const isCut = isWholeAfter && isDigit(name[end]);
+      if (!isCut && ranges.some((range) => range.has(digits))) ends.push(end);
+    }
+    return ends;
   };
+  return { value: numberEnds };
 }
 
 function isDigit(character = ""): boolean {
@@ -3598,8 +3596,8 @@ function isPadded(digits: string): boolean {
  * Folds names into one list that `names` of {@linkcode NodeSelection} takes
  * back as exactly the same names: `n[1-3].dc1,head`.
  *
- * One number of each name is folded, wherever it stands. Numbers of different
- * widths are never mixed.
+ * One number of each name is folded, wherever it stands. Zero-padded numbers are
+ * folded only with numbers of the same width.
  *
  * @example Fold names
  * ```ts
@@ -3689,7 +3687,7 @@ function formatGroup(folds: readonly [Fold, ...Fold[]] | Fold[]): string {
   return `${before}[${foldNumbers(numbers)}]${after}`;
 }
 
-/** Folds numbers of one width: `1-3,7`. */
+/** Folds the numbers of a group: `1-3,7`. */
 function foldNumbers(numbers: readonly string[]): string {
   const runs: { first: string; last: string }[] = [];
 
@@ -3799,9 +3797,10 @@ export function statusPath(
   const { port, path } = options;
   if (path !== undefined) return path;
 
+  if (port === undefined) return node.statusPath;
+
   const dataPort = dataEndpoints(node)[0]?.port ?? node.dataServerPort;
-  const isDataServer = port === undefined || port === dataPort;
-  return isDataServer ? node.statusPath : DEFAULT_STATUS_PATH;
+  return port === dataPort ? node.statusPath : DEFAULT_STATUS_PATH;
 }
 
 /**
@@ -4028,15 +4027,7 @@ async function readAnswer(
   isStatusPage: boolean,
 ): Promise<StatusDocument | undefined> {
   const { status, headers } = await readHead(reader);
-
-  if (status >= 300 && status < 400) {
-    const location = headers.get("location")?.slice(0, MAX_LOCATION_LENGTH);
-    const target = location ? `, to ${location}` : "";
-    throw new ProbeFault("redirect", `HTTP ${status}${target}`);
-  }
-  if (status < 200 || status >= 300) {
-    throw new ProbeFault("http-status", `HTTP ${status}`);
-  }
+  requireSuccess(status, headers);
 
   const hasBody = status !== 204 && status !== 205;
   const body = hasBody ? await readBody(reader, headers) : new Uint8Array();
@@ -4047,6 +4038,20 @@ async function readAnswer(
 
   const document = parseStatus(body);
   return "problem" in document ? undefined : document.value;
+}
+
+function requireSuccess(
+  status: number,
+  headers: ReadonlyMap<string, string>,
+): void {
+  if (status >= 200 && status < 300) return;
+
+  const isRedirect = status >= 300 && status < 400;
+  if (!isRedirect) throw new ProbeFault("http-status", `HTTP ${status}`);
+
+  const location = headers.get("location")?.slice(0, MAX_LOCATION_LENGTH);
+  const target = location ? `, to ${location}` : "";
+  throw new ProbeFault("redirect", `HTTP ${status}${target}`);
 }
 
 function parseStatusPage(
@@ -4122,6 +4127,11 @@ export class ResponseReader {
     this.#connection = connection;
   }
 
+  /** How many bytes were read and are not taken yet. */
+  get #available(): number {
+    return this.#end - this.#start;
+  }
+
   /** What was read and is not taken yet. */
   get pending(): Bytes {
     return this.#buffer.subarray(this.#start, this.#end);
@@ -4152,23 +4162,26 @@ export class ResponseReader {
 
   /** Takes exactly `length` bytes. */
   async take(length: number): Promise<Bytes> {
-    while (this.pending.length < length) {
+    while (this.#available < length) {
       await this.#fillOrFail();
     }
     return this.#cut(length);
   }
 
-  /** Takes a line of at most `maxBytes`, and gives it without its end. */
-  async line(
-    maxBytes: number,
-    tooLong = () => tooLarge("the head of the answer", MAX_HEAD_BYTES),
-  ): Promise<string> {
+  /**
+   * Takes a line, and returns it without its end.
+   *
+   * @throws {ProbeFault} what `tooLong` returns, if the line has more bytes than
+   * `maxBytes`
+   */
+  async line(maxBytes: number, tooLong: () => ProbeFault): Promise<string> {
     let searched = 0;
     while (true) {
-      const at = this.pending.indexOf(NEWLINE, searched);
-      const length = at < 0 ? this.pending.length : at;
+      // What was not read yet is zeros.
+      const at = this.#buffer.indexOf(NEWLINE, this.#start + searched);
+      const length = at < 0 ? this.#available : at - this.#start;
       if (length > maxBytes) throw tooLong();
-      if (at >= 0) return LATIN1.decode(this.#cut(at + 1)).trimEnd();
+      if (at >= 0) return LATIN1.decode(this.#cut(length + 1)).trimEnd();
 
       searched = length;
       await this.#fillOrFail();
@@ -4178,11 +4191,11 @@ export class ResponseReader {
   /** Takes all that comes until the end of the stream. */
   async rest(): Promise<Bytes> {
     while (await this.fill()) {
-      if (this.pending.length > MAX_BODY_BYTES) {
+      if (this.#available > MAX_BODY_BYTES) {
         throw tooLarge("the answer", MAX_BODY_BYTES);
       }
     }
-    return this.#cut(this.pending.length);
+    return this.#cut(this.#available);
   }
 
   async #fillOrFail(): Promise<void> {
@@ -4211,7 +4224,7 @@ export async function readHead(reader: ResponseReader): Promise<ResponseHead> {
   let room = MAX_HEAD_BYTES;
   while (true) {
     await expectHttp(reader);
-    const statusLine = await reader.line(room);
+    const statusLine = await reader.line(room, headTooLarge);
     room -= statusLine.length + 2;
 
     const status = /^HTTP\/1\.\d (\d{3})(?:\s|$)/.exec(statusLine)?.[1];
@@ -4221,6 +4234,10 @@ export async function readHead(reader: ResponseReader): Promise<ResponseHead> {
     room -= size;
     if (!status.startsWith("1")) return { status: Number(status), headers };
   }
+}
+
+function headTooLarge(): ProbeFault {
+  return tooLarge("the head of the answer", MAX_HEAD_BYTES);
 }
 
 /** Refuses what is not HTTP at the first byte that differs. */
@@ -4248,7 +4265,7 @@ async function readHeaders(
   let size = 0;
 
   while (true) {
-    const line = await reader.line(maxBytes - size);
+    const line = await reader.line(maxBytes - size, headTooLarge);
     if (line === "") return { headers, size };
 
     size += line.length + 2;
@@ -4532,14 +4549,14 @@ async function probeOne(
   deadline: AbortSignal,
 ): Promise<NodeProbe> {
   const endpoints = checkedEndpoints(node, settings);
-  const [first, ...others] = endpoints;
+  const [first] = endpoints;
   if (!first) return probeWithoutAddress(node, settings);
 
   const path = statusPath(node, settings);
   const check = (endpoint: Endpoint, signal: AbortSignal) =>
     checkEndpoint(endpoint, path, settings, signal);
   // Most nodes have one endpoint, and need no controllers and timers of a race.
-  const outcome = others.length === 0
+  const outcome = endpoints.length === 1
     ? await check(first, deadline)
     : bestOutcome(await raceEndpoints(endpoints, check, deadline));
 
@@ -4580,7 +4597,7 @@ async function raceEndpoints(
     if (signal.aborted) break;
 
     const attempt = check(endpoint, signal).then((outcome) => {
-      // A node that is short of descriptors gives back those that it has.
+      // If descriptors run out, those of the other attempts are released.
       const isShort = outcome.failure === NO_DESCRIPTORS;
       if (outcome.state === "up" || isShort) over.abort();
       return outcome;
@@ -4661,10 +4678,14 @@ async function checkHttp(
 async function checkGreeting(tcp: Deno.TcpConn): Promise<undefined> {
   const reader = new ResponseReader(tcp);
   for (let lines = 0; lines < MAX_GREETING_LINES; lines++) {
-    const line = await reader.line(MAX_HEAD_BYTES);
+    const line = await reader.line(MAX_HEAD_BYTES, notSsh);
     if (line.startsWith("SSH-")) return;
   }
-  throw badResponse("the answer is not that of an ssh server");
+  throw notSsh();
+}
+
+function notSsh(): ProbeFault {
+  return badResponse("the answer is not that of an SSH server");
 }
 
 /** Checks one endpoint: connects, then does what the check asks. */
@@ -4682,7 +4703,7 @@ async function checkEndpoint(
     return { ...NO_OUTCOME, endpoint, state, failure };
   }
 
-  using tcp = connected.tcp;
+  const { tcp } = connected;
   const accepted = {
     ...NO_OUTCOME,
     endpoint,
@@ -4690,8 +4711,12 @@ async function checkEndpoint(
     connectMs: performance.now() - startedMs,
   };
 
-  // Only closing the connection ends a read from a silent node.
-  using _listener = closeAtAbort(tcp, signal);
+  // Only closing the connection ends a read from a silent node. Unlike
+  // `close()`, this may be called again.
+  const close = () => tcp[Symbol.dispose]();
+  signal.addEventListener("abort", close);
+  if (signal.aborted) close();
+
   try {
     const status = await CHECKS[settings.check](tcp, endpoint, path);
     if (settings.check === "tcp") return { ...accepted, state: "up" };
@@ -4702,21 +4727,29 @@ async function checkEndpoint(
     const fault = signal.aborted ? signal.reason : error;
     const failure = answerFailure(fault, endpoint.path + path);
     return { ...accepted, state: "unhealthy", failure };
+  } finally {
+    signal.removeEventListener("abort", close);
+    close();
   }
 }
 
 async function tryConnect(
-  endpoint: Endpoint,
-  settings: ProbeSettings,
+  { host, port }: Endpoint,
+  { isNetOpen }: ProbeSettings,
   signal: AbortSignal,
 ): Promise<{ tcp: Deno.TcpConn } | { failure: ProbeFailure }> {
   try {
-    return { tcp: await connect(endpoint, settings, signal) };
+    if (!isNetOpen) requireNet(host, port);
+    if (!isAddress(host)) await lookups.requireName(host, port, signal);
+
+    // A name is connected to as such: Deno races its addresses, and the
+    // permission is the one for the name.
+    return { tcp: await Deno.connect({ hostname: host, port, signal }) };
   } catch (error) {
-    // A lookup knows better than the deadline why it did not end.
-    const isKnown = error instanceof ProbeFault || !signal.aborted;
-    const fault = isKnown ? error : signal.reason;
-    return { failure: connectFailure(endpoint.host, fault) };
+    // A fault of the lookup is more precise than the deadline's.
+    const isPrecise = error instanceof ProbeFault || !signal.aborted;
+    const fault = isPrecise ? error : signal.reason;
+    return { failure: connectFailure(host, fault) };
   }
 }
 
@@ -4734,19 +4767,6 @@ function closeAtAbort(tcp: Deno.TcpConn, signal: AbortSignal): Disposable {
   };
 }
 
-async function connect(
-  { host, port }: Endpoint,
-  { isNetOpen }: ProbeSettings,
-  signal: AbortSignal,
-): Promise<Deno.TcpConn> {
-  if (!isNetOpen) requireNet(host, port);
-  if (!isAddress(host)) await lookups.find(host, port, signal);
-
-  // A name is connected to as such: Deno races its addresses, and the
-  // permission is the one for the name.
-  return await Deno.connect({ hostname: host, port, signal });
-}
-
 /**
  * Looks names up, a few at a time.
  *
@@ -4758,22 +4778,26 @@ class LookupQueue {
   readonly #waiting = new Set<() => void>();
 
   /**
-   * Resolves when a name has an address; rejects with what is wrong, or when
-   * the signal aborts.
+   * Waits until a name has an address; rejects with a fault if it does not exist,
+   * or when the signal aborts. `Deno.connect()` then resolves it again.
    */
-  async find(name: string, port: number, signal: AbortSignal): Promise<void> {
+  async requireName(
+    name: string,
+    port: number,
+    signal: AbortSignal,
+  ): Promise<void> {
     if (this.#running < MAX_LOOKUPS) {
       this.#running++;
     } else {
       await this.#takeTurn(signal);
     }
 
-    const found = this.#lookUp(name, port).finally(() => this.#release());
+    const lookup = this.#lookUp(name, port).finally(() => this.#release());
     const fault = new ProbeFault(
       "timeout",
       "the name lookup did not end in time",
     );
-    await untilAborted(found, { signal, fault });
+    await untilAborted(lookup, { signal, fault });
   }
 
   async #takeTurn(signal: AbortSignal): Promise<void> {
@@ -4813,7 +4837,7 @@ class LookupQueue {
 
     lookup(name, options, (error) => {
       const isUnknown = error?.errno === UNKNOWN_NAME;
-      // Any other error may be a lack of descriptors: to connect says which.
+      // Other errors may mean that descriptors are short: connecting says which.
       if (isUnknown) reject(new ProbeFault("dns", UNKNOWN_NAME_MESSAGE));
       else resolve();
     });
@@ -4936,7 +4960,7 @@ class ProbeTimeout extends Error {
   }
 }
 
-/** Compared by identity: the pool retries this failure, and no other one. */
+/** Compared by identity: the pool retries it, and `dns` shortly after it. */
 const NO_DESCRIPTORS: ProbeFailure = {
   code: "local-resource",
   message: "this machine ran out of descriptors",
@@ -5022,6 +5046,9 @@ function answerFailure(error: unknown, path: string): ProbeFailure {
 const INITIAL_CONCURRENCY = 64;
 const MAX_GROWTH = 1000;
 const TICK_MS = 10;
+
+/** A tick that is later than this means that the process is busy. */
+const BUSY_MS = 4;
 
 /**
  * A tick that is later than this means that the process was stopped, not busy.
@@ -5131,7 +5158,7 @@ class ProbePool {
     this.#limit = Math.min(INITIAL_CONCURRENCY, settings.concurrency);
   }
 
-  /** Whether the end was reached: what is still reported was cut off by it. */
+  /** Whether the end has passed: later outcomes were cut short by it. */
   get isOver(): boolean {
     return performance.now() >= this.#endMs;
   }
@@ -5192,6 +5219,7 @@ class ProbePool {
 
     this.#forgiveLateness(nowMs);
     this.#expireOverdue(nowMs);
+    this.#dropWaiting(nowMs);
     this.#requeueDue(nowMs);
     this.#growLimit(nowMs);
     this.#startNext();
@@ -5221,11 +5249,14 @@ class ProbePool {
       if (nowMs - startMs < allowedMs) break;
       controller.abort(new ProbeTimeout(allowedMs));
     }
+  }
 
-    if (nowMs >= this.#endMs) {
-      this.#dueMs.clear();
-      this.#next = this.#queue.length;
-    }
+  /** Starts nothing more once the end has passed. */
+  #dropWaiting(nowMs: number): void {
+    if (nowMs < this.#endMs) return;
+
+    this.#dueMs.clear();
+    this.#next = this.#queue.length;
   }
 
   #requeueDue(nowMs: number): void {
@@ -5238,17 +5269,21 @@ class ProbePool {
 
   /** Lets more probes run at once if those that run are slow. */
   #growLimit(nowMs: number): void {
-    // Where as many as a sweep starts with end in a tick, more would be slower.
+    // If this process is busy, or as many as a sweep starts with end in a tick,
+    // more at once would be slower.
+    const isBusy = nowMs - this.#tickMs > BUSY_MS;
     const isFast = this.#endedSinceTick >= INITIAL_CONCURRENCY;
     const isFull = this.#running.size >= this.#limit;
     this.#endedSinceTick = 0;
-    if (isFast || !isFull || this.#isShort(nowMs)) return;
+    if (isBusy || isFast || !isFull || this.#isShort(nowMs)) return;
 
     const growth = Math.min(this.#limit, MAX_GROWTH);
     this.#limit = Math.min(this.#settings.concurrency, this.#limit + growth);
   }
 
   #startNext(): void {
+    if (this.#isStopped) return;
+
     while (
       this.#next < this.#queue.length && this.#running.size < this.#limit
     ) {
@@ -5542,7 +5577,8 @@ export interface DiscoverOptions extends SweepOptions {
   /**
    * The inventory.
    *
-   * @default {DEFAULT_CONFIG_PATH}
+   * @default {undefined} the file named by `RINGRIFT_HOSTS_CONFIG`, else
+   * `config/distributed_hosts.yaml`
    */
   readonly source?: ConfigSource | undefined;
   /** Which nodes to check; by default, all active ones. */
@@ -5680,8 +5716,8 @@ export interface WaitOptions extends SweepOptions {
  * answer of each, in their order: at the moment when that is so, else at the
  * deadline.
  *
- * A check that the deadline cuts off takes nothing from an earlier answer. If
- * the nodes that can be checked cannot be enough, it does not wait.
+ * A check that the deadline cuts off does not replace an earlier answer. If the
+ * nodes that can be checked cannot be enough, it does not wait.
  *
  * @throws {Deno.errors.NotCapable} immediately, if net permission is missing
  * for too many nodes
@@ -5918,7 +5954,7 @@ export async function getDataSyncUrls(
 
 /** Throws at a fault of the caller before the inventory is read. */
 function requireUrlOptions(options: SyncUrlOptions): void {
-  probeSettings(options);
+  requireProbeOptions(options);
   requireSelection(options.selection ?? {});
   options.signal?.throwIfAborted();
 }
@@ -6516,7 +6552,8 @@ async function sshOutcome(
   options: SshRunOptions,
 ): Promise<SshOutcome> {
   const { stdin, onOutput, signal, deadline } = options;
-  if (node.bestIp === undefined) {
+  const isPlaced = options.endpoint !== undefined || node.bestIp !== undefined;
+  if (!isPlaced) {
     return { failure: { code: "no-address", message: NO_ADDRESS_HINT } };
   }
 
@@ -6641,14 +6678,14 @@ class SshProcess {
     source.pipeTo(this.#child.stdin, { signal }).catch(() => {});
   }
 
-  /** Waits until ssh has ended, which the signal makes it do. */
+  /** Waits until ssh exits, and ends it if the signal aborts. */
   async finish(ended: AbortSignal): Promise<SshOutput> {
     const readers = [this.#stdout, this.#stderr];
     const end = () => this.#end();
 
     if (ended.aborted) end();
     ended.addEventListener("abort", end);
-    // Output that nobody takes any more ends ssh.
+    // If output cannot be delivered, ssh is ended.
     for (const reader of readers) reader.done.catch(end);
 
     const status = await this.#child.status;
@@ -6855,5 +6892,5 @@ function permissionHint(
   const isRaced = raced.every(({ host, port }) => isNetGranted(host, port));
   if (isRaced) return undefined;
 
-  return `${netFlag(raced)} lets its other address be tried`;
+  return `run with ${netFlag(raced)} to try its other address`;
 }

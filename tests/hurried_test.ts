@@ -383,7 +383,7 @@ const HURRIED: readonly Hurried[] = [
   {
     line: "nodes gpu-*&gpu-1",
     answer: 'No node matches "gpu-*&gpu-1" ' +
-      "(to narrow down, add roles, gpus or where: --role, --gpu, --where)",
+      "(to intersect, use roles, gpus or where (--role, --gpu, --where))",
     then: "nodes gpu-* --gpu H100",
   },
   {
