@@ -134,7 +134,7 @@ const REFUSED: readonly (readonly [line: string, answer: string])[] = [
   ["--gpu -q", "--gpu needs a value: TEXT"],
   ["--gpu", "--gpu needs a value: TEXT"],
   ["--gpu=", "--gpu needs a value: TEXT"],
-  ["--gpu ,", '--gpu takes a comma list, not ","'],
+  ["--gpu ,", '--gpu takes a comma-separated list, not ","'],
   ["-c a", "--config is given twice"],
   ["--config=a", "--config is given twice"],
   ["-qca", "--config is given twice"],

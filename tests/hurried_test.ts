@@ -84,7 +84,7 @@ const HURRIED: readonly Hurried[] = [
   },
   {
     line: "--json",
-    answer: "There is no command; see cluster-hosts --help",
+    answer: "No command given; see cluster-hosts --help",
     then: "--help",
   },
 
@@ -120,32 +120,32 @@ const HURRIED: readonly Hurried[] = [
   },
   {
     line: "status --interval 5",
-    answer: "--interval goes with --watch",
+    answer: "--interval requires --watch",
   },
   {
     line: "status --json --gather",
-    answer: "--json and --gather exclude each other",
+    answer: "--json and --gather cannot be used together",
   },
   {
     line: "status --watch --names",
-    answer: "--watch and --names exclude each other",
+    answer: "--watch and --names cannot be used together",
   },
   {
     line: "status --ssh --port 22",
-    answer: "--ssh and --port exclude each other",
+    answer: "--ssh and --port cannot be used together",
     then: "status --ssh",
   },
   {
     line: "status --tcp --path /x",
-    answer: "--tcp and --path exclude each other",
+    answer: "--tcp and --path cannot be used together",
   },
   {
     line: "status --ssh --show version",
-    answer: "--ssh and --show exclude each other",
+    answer: "--ssh and --show cannot be used together",
   },
   {
     line: "wait --down --min-up 2",
-    answer: "--down and --min-up exclude each other",
+    answer: "--down and --min-up cannot be used together",
   },
 
   // Values.
@@ -305,14 +305,14 @@ const HURRIED: readonly Hurried[] = [
     answer: NEEDS_NODE,
     then: `ssh --role worker ${DRY}`,
   },
-  { line: "ssh gpu-1 --", answer: `There is no command; ${SSH_USAGE}` },
+  { line: "ssh gpu-1 --", answer: `No command given; ${SSH_USAGE}` },
   {
     line: "ssh gpu-[1-2]",
     answer: `A login takes one NODE, not 2; ${SSH_USAGE}`,
   },
   {
     line: "ssh gpu-1 --gather",
-    answer: `--gather goes with a command; ${SSH_USAGE}`,
+    answer: `--gather requires a command; ${SSH_USAGE}`,
     then: `ssh gpu-1 ${DRY}`,
   },
   {
@@ -348,7 +348,7 @@ const HURRIED: readonly Hurried[] = [
   },
   {
     line: "ssh gpu-1 --json --dry-run -- ls",
-    answer: "--json and --dry-run exclude each other",
+    answer: "--json and --dry-run cannot be used together",
   },
 
   // Those who come from clush and pdsh.

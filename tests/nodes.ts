@@ -3,6 +3,7 @@
  *
  * @module
  */
+import { delay } from "jsr:@std/async@^1.5.0/delay";
 import { ClusterNode, type NodeProbe } from "../mod.ts";
 import { at, outcomeOf } from "./sweep_process.ts";
 
@@ -22,3 +23,20 @@ export function byName(probes: Iterable<NodeProbe>): Record<string, string> {
   });
   return Object.fromEntries(outcomes);
 }
+
+/** What aborts a call, or is thrown by a callback of it. */
+export const REASON = new Error("enough");
+
+/** Callbacks that fail with {@linkcode REASON}, in each way. */
+export const FAILING_CALLBACKS: Readonly<
+  Record<string, () => void | Promise<void>>
+> = {
+  "throws": () => {
+    throw REASON;
+  },
+  "returns a promise that rejects": () => Promise.reject(REASON),
+  "rejects later": async () => {
+    await delay(20);
+    throw REASON;
+  },
+};

@@ -285,7 +285,7 @@ Deno.test("cluster-hosts permissions prints the zone of an IPv6 address as Deno 
   assertEquals(stdout, "--allow-net=[fe80::1]:1\n");
 });
 
-Deno.test("cluster-hosts permissions rejects a path that a shell would split", async () => {
+Deno.test("cluster-hosts permissions rejects a path that a shell or Deno would interpret", async () => {
   await using temp = await tempFolder("a b");
   const path = `${temp.folder}/hosts.yaml`;
   await Deno.writeTextFile(path, "hosts: { a: { tailscale_ip: 127.0.0.1 } }");
@@ -294,7 +294,7 @@ Deno.test("cluster-hosts permissions rejects a path that a shell would split", a
   const { code, stdout, stderr } = await runMain(args);
 
   assertEquals([code, stdout], [2, ""]);
-  assertMatch(stderr, /^cluster-hosts: .*a shell would split it\n$/);
+  assertMatch(stderr, /^cluster-hosts: .*the shell or Deno would interpret\n$/);
 });
 
 Deno.test("cluster-hosts permissions prints --allow-net, with a warning, where a flag would be too long", async () => {

@@ -16,7 +16,6 @@ import {
   type NodeProbe,
   probeNode,
   probeNodes,
-  type SweepOptions,
   waitForNodes,
 } from "../mod.ts";
 import {
@@ -28,6 +27,7 @@ import {
   startNode,
   untilClosed,
 } from "./loopback_cluster.ts";
+import { FAILING_CALLBACKS, REASON } from "./nodes.ts";
 import { denoRun, nextLine, ROOT, run, start } from "./process.ts";
 import {
   at,
@@ -226,8 +226,6 @@ Deno.test("probeNode() reports up although this process was stopped while the an
   assertEquals((await nextLine(program.stdout)).trim(), "up");
 });
 
-const REASON = new Error("enough");
-
 type Call = (signal: AbortSignal) => Promise<unknown>;
 
 /** Returns every call that takes a signal, on 50 nodes of a server. */
@@ -328,20 +326,7 @@ for (const [name, call] of Object.entries(URL_CALLS)) {
   });
 }
 
-type OnProbe = NonNullable<SweepOptions["onProbe"]>;
-
-const THROWING: Record<string, OnProbe> = {
-  "throws": () => {
-    throw REASON;
-  },
-  "returns a promise that rejects": () => Promise.reject(REASON),
-  "rejects later": async () => {
-    await delay(20);
-    throw REASON;
-  },
-};
-
-for (const [what, onProbe] of Object.entries(THROWING)) {
+for (const [what, onProbe] of Object.entries(FAILING_CALLBACKS)) {
   Deno.test(`probeNodes() rejects at once if onProbe() ${what}`, async () => {
     await using server = await startNode("ok");
     await using silent = await startNode("silent");

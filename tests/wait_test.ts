@@ -14,14 +14,12 @@ import {
   type WaitOptions,
 } from "../mod.ts";
 import { answerSlowly, startNode } from "./loopback_cluster.ts";
-import { byName, nodesAt } from "./nodes.ts";
+import { byName, FAILING_CALLBACKS, nodesAt, REASON } from "./nodes.ts";
 import { ROOT, start } from "./process.ts";
 import { at, outcomeOf, SLACK_MS } from "./sweep_process.ts";
 
 /** For waits that must not come to their deadline. */
 const LONG_MS = 20_000;
-
-const REASON = new Error("enough");
 
 Deno.test("waitForNodes() returns at once when enough are up, beside nodes that hang", async () => {
   await using up = await startNode("ok");
@@ -387,18 +385,7 @@ Deno.test({
   },
 });
 
-const THROWING: Record<string, NonNullable<WaitOptions["onProbe"]>> = {
-  "throws": () => {
-    throw REASON;
-  },
-  "returns a promise that rejects": () => Promise.reject(REASON),
-  "rejects later": async () => {
-    await delay(20);
-    throw REASON;
-  },
-};
-
-for (const [what, onProbe] of Object.entries(THROWING)) {
+for (const [what, onProbe] of Object.entries(FAILING_CALLBACKS)) {
   Deno.test(`waitForNodes() rejects at once if onProbe() ${what}`, async () => {
     await using dead = await startNode("refuses");
     await using silent = await startNode("silent");

@@ -13,14 +13,12 @@ import {
   type WatchOptions,
 } from "../mod.ts";
 import { startNode } from "./loopback_cluster.ts";
-import { nodesAt } from "./nodes.ts";
+import { FAILING_CALLBACKS, nodesAt, REASON } from "./nodes.ts";
 import { ROOT, start } from "./process.ts";
 import { at, outcomeOf, SLACK_MS, tally } from "./sweep_process.ts";
 
 /** For checks that must not come to their deadline. */
 const LONG_MS = 20_000;
-
-const REASON = new Error("enough");
 
 /** Reads a watch that goes on when the loop over it ends. */
 function reading(
@@ -250,22 +248,11 @@ for (const [what, [script, output]] of Object.entries(SCRIPTS)) {
   });
 }
 
-const THROWING: Record<string, NonNullable<WatchOptions["onProbe"]>> = {
-  "throws": () => {
-    throw REASON;
-  },
-  "returns a promise that rejects": () => Promise.reject(REASON),
-  "rejects later": async () => {
-    await delay(20);
-    throw REASON;
-  },
-};
-
 async function readAll(nodes: ClusterNode[], options: WatchOptions) {
   return await Array.fromAsync(watchNodes(nodes, options));
 }
 
-for (const [what, onProbe] of Object.entries(THROWING)) {
+for (const [what, onProbe] of Object.entries(FAILING_CALLBACKS)) {
   Deno.test(`watchNodes() rejects at once if onProbe() ${what}`, async () => {
     await using up = await startNode("ok");
     await using silent = await startNode("silent");
