@@ -4753,20 +4753,6 @@ async function tryConnect(
   }
 }
 
-/** Closes a connection when the signal aborts, even if it did so already. */
-function closeAtAbort(tcp: Deno.TcpConn, signal: AbortSignal): Disposable {
-  // Unlike `close()`, this may be called again.
-  const close = () => tcp[Symbol.dispose]();
-  signal.addEventListener("abort", close);
-  if (signal.aborted) close();
-
-  return {
-    [Symbol.dispose]() {
-      signal.removeEventListener("abort", close);
-    },
-  };
-}
-
 /**
  * Looks names up, a few at a time.
  *
