@@ -166,8 +166,8 @@ interface Invocation {
   /** The words after "--"; undefined without a "--". */
   readonly remote: readonly string[] | undefined;
   /**
-   * The command that `permissions` is about, or any other one that has
-   * `takesCommand`; `kind` and `words` are then those of this command.
+   * The command that `permissions` reports on; undefined for every other
+   * command. `kind` and `words` are then those of this command.
    */
   readonly about: Command | undefined;
 }
@@ -208,21 +208,21 @@ const OPTIONS = {
   },
   role: {
     value: "ROLE",
-    expected: "a comma list",
+    expected: "a comma-separated list",
     parse: parseList,
     isList: true,
     help: "only nodes of these roles: a,b",
   },
   gpu: {
     value: "TEXT",
-    expected: "a comma list",
+    expected: "a comma-separated list",
     parse: parseList,
     isList: true,
     help: "only nodes whose GPU contains TEXT",
   },
   status: {
     value: "STATUS",
-    expected: "a comma list",
+    expected: "a comma-separated list",
     parse: parseList,
     isList: true,
     help: "only nodes of this status (default: active ones)",
@@ -238,15 +238,13 @@ const OPTIONS = {
     expected: "KEY=VALUE",
     parse: parsePair,
     isList: true,
-    help: "only nodes whose entry says this; repeatable",
+    help: "only nodes whose KEY is VALUE; repeatable",
   },
   all: { help: "include inactive nodes" },
   timeout: {
     ...TIME,
     short: "t",
-    help: `deadline of each node (default: ${
-      typedDuration(DEFAULTS.timeoutMs)
-    })`,
+    help: `time limit per node (default: ${typedDuration(DEFAULTS.timeoutMs)})`,
   },
   concurrency: {
     value: "N",
@@ -285,7 +283,7 @@ const OPTIONS = {
   names: { help: "print names only" },
   show: {
     value: "KEY",
-    expected: "a comma list of keys, such as matches,db.hash",
+    expected: "a comma-separated list of keys, such as matches,db.hash",
     parse: parseList,
     isList: true,
     help:
@@ -317,9 +315,9 @@ const OPTIONS = {
     help: "as in ssh_config(5); repeatable",
   },
   cd: { help: "run it in each node's ringrift_path" },
-  stdin: { help: "give each node what comes on stdin" },
+  stdin: { help: "send stdin to each node's command" },
   "dry-run": { help: "print the commands, and run none" },
-  strict: { help: "a warning is an error" },
+  strict: { help: "treat warnings as errors" },
   json: { help: "print JSON" },
   quiet: { short: "q", help: "print nothing if all is well" },
   help: { short: "h", help: "print this text" },
@@ -378,7 +376,7 @@ function generalHelp(): string {
     "Usage: cluster-hosts COMMAND [NODE...] [options]",
     commands.join("\n"),
     "NODE is a name, a glob (gpu-*), a range (gpu-[1-8], gpu-[01-16,20]) or a\n" +
-    "comma list of these. Without one: the active nodes.",
+    "comma-separated list of these. Without one: the active nodes.",
     optionHelp([...SELECTION, ...SWEEP, ...COMMON, "version"]),
     '"cluster-hosts COMMAND --help" lists what a command takes.',
     "Exit code 0: all is well; 1: it is not; 2: bad usage or config, or\n" +
@@ -465,10 +463,12 @@ function parseLine(args: readonly string[]): Line {
 
 /**
  * Writes each option with its value as one word, `--name=value`, and each
- * switch as `--name=true`: the only form that `parseArgs` takes without fault.
+ * switch as `--name=true`. `parseArgs` of `@std/cli` then sorts them into
+ * switches, values and words: that form is the one that it never misreads.
  *
- * Bare, it takes `-t5s` for three switches and `--config -` for an empty value,
- * loses the key of `-oKEY=VALUE`, and lets an unknown option swallow a word.
+ * Given the line as it was typed, `parseArgs` would take `-t5s` for three
+ * switches and `--config -` for an empty value, lose the key of `-oKEY=VALUE`,
+ * and let an unknown option swallow a word.
  */
 function joinOptions(
   args: readonly string[],
@@ -485,7 +485,7 @@ function joinOptions(
     if (!option) {
       const isWord = arg === "-" || !arg.startsWith("-");
       if (isWord) joined.push(arg);
-      else unknown.add(arg.replace(/(?<=^--.+?)=.*$/s, ""));
+      else unknown.add(withoutValue(arg));
       continue;
     }
 
@@ -512,6 +512,12 @@ function joinOptions(
   }
 
   return { joined, unknown, faults };
+}
+
+/** Returns an unknown option without its value: `--name` of `--name=value`. */
+function withoutValue(arg: string): string {
+  const [name = arg] = /^--[^=]+/.exec(arg) ?? [];
+  return name;
 }
 
 /** An option as it is typed, with what is attached to it. */
@@ -552,7 +558,9 @@ function needlessValue(name: OptionName): OptionFault {
 /** Takes the next argument, unless it is another option; "-" is a value. */
 function takeValue(queue: string[]): string | undefined {
   const [next] = queue;
-  const isValue = next === "-" || !next?.startsWith("-");
+  if (next === undefined) return undefined;
+
+  const isValue = next === "-" || !next.startsWith("-");
   return isValue ? queue.shift() : undefined;
 }
 
@@ -663,14 +671,16 @@ function parseDuration(text: string): number | undefined {
   if (number === undefined) return undefined;
 
   const ms = Number(number) * UNIT_MS[unit]!;
-  return ms >= 1 && ms <= MAX_TIMER_MS ? ms : undefined;
+  // 1.005s would be 1004.9999999999999 ms.
+  return ms >= 1 && ms <= MAX_TIMER_MS ? Math.round(ms) : undefined;
 }
 
-/** Writes a duration as it is typed: `5s`, `500ms`. */
+/** Writes a duration as it is typed: `500ms`, `5s`, `2m`, `1h`. */
 function typedDuration(ms: number): string {
   if (ms % 1000 !== 0) return `${ms}ms`;
   if (ms % 60_000 !== 0) return `${ms / 1000}s`;
-  return `${ms / 60_000}m`;
+  if (ms % 3_600_000 !== 0) return `${ms / 60_000}m`;
+  return `${ms / 3_600_000}h`;
 }
 
 /** How many of the selected nodes have to be up. */
@@ -747,7 +757,7 @@ function readRequest(
   const problems = optionProblems(line, subject);
   if (problems.length > 0) throw new Error(problems.join("\n"));
   if (!command || !subject) {
-    throw new Error("There is no command; see cluster-hosts --help");
+    throw new Error("No command given; see cluster-hosts --help");
   }
 
   const clash = exclusiveClash(line.flags);
@@ -802,10 +812,12 @@ function optionProblems(line: Line, command: Command | undefined): string[] {
   return problems;
 }
 
-/** Options of one group exclude each other. */
+/** Options of one group cannot be used together. */
 const EXCLUSIVE: readonly (readonly OptionName[])[] = [
   ["json", "gather", "names", "dry-run"],
   ["watch", "gather", "names"],
+  // A watch never ends by itself: it has no result to decide.
+  ["min-up", "watch"],
   ["show", "gather", "names"],
   // --tcp and --ssh ask for no document, and --ssh has a port of its own.
   ["tcp", "ssh", "path"],
@@ -821,7 +833,7 @@ function exclusiveClash(flags: Flags): string | undefined {
   if (!clash) return undefined;
 
   const options = clash.map((name) => `--${name}`).join(" and ");
-  return `${options} exclude each other`;
+  return `${options} cannot be used together`;
 }
 
 /** Returns what is wrong with the arguments together. */
@@ -833,7 +845,8 @@ function argumentProblem(
   const { name, takesNodes, takesRemote } = command;
 
   if (flags.stdin && flags.config === "-") {
-    return "stdin can be read once: --stdin and --config - exclude each other";
+    return "stdin can be read once: --stdin and --config - cannot be used " +
+      "together";
   }
   if (remote && !takesRemote) return `${name} takes no command after "--"`;
   if (takesNodes && words.includes("")) {
@@ -1265,7 +1278,8 @@ const STATUS: Command = {
   help: {
     interval: "with --watch, between two checks of a node\n" +
       `(default: ${typedDuration(DEFAULTS.watchIntervalMs)})`,
-    quiet: "print only problems, and nothing if all is well",
+    quiet: "print only problems; JSON and names are\n" +
+      "printed all the same",
   },
   notes:
     "Exit code 0: every selected node is up, or --min-up of them; 1: they are not;\n" +
@@ -1279,7 +1293,7 @@ const STATUS: Command = {
   inventory: "fallback",
   check({ flags }) {
     const isLost = flags.interval !== undefined && !flags.watch;
-    return isLost ? "--interval goes with --watch" : undefined;
+    return isLost ? "--interval requires --watch" : undefined;
   },
   run: runStatus,
   needs: checkNeeds,
@@ -1412,7 +1426,7 @@ function sweepTable(call: Call, shown: readonly NodeProbe[]): string {
   return table(statusColumns(flags), rows, { io });
 }
 
-/** Prints what a table comes to, on a terminal a line apart from it. */
+/** Prints the summary; on a terminal, after a blank line. */
 async function printSummary(io: Io, lines: readonly string[]): Promise<void> {
   const isBelow = io.isTerminal && io.isErrTerminal;
   if (isBelow) await io.err("\n");
@@ -1624,13 +1638,16 @@ const OUTCOME_COLUMNS: readonly Column[] = [
 ];
 
 /** The least that the columns before NAMES need, with the gaps. */
-const OUTCOME_WIDTH = 36;
+const WIDTH_BEFORE_NAMES = 36;
 
-/** Draws one row per outcome. Names are never cut: a NODE takes them back. */
+/**
+ * Draws one row per outcome. Names are never cut, so they can be pasted back as
+ * NODE arguments.
+ */
 function outcomeTable(io: Io, probes: readonly NodeProbe[]): string {
   const outcomes = gatherOutcomes(probes);
   const widths = outcomes.map(({ names }) => textWidth(escapeText(names)));
-  const needed = OUTCOME_WIDTH + Math.max(...widths);
+  const needed = WIDTH_BEFORE_NAMES + Math.max(...widths);
 
   const isNarrow = io.isTerminal && needed > io.size().columns;
   if (isNarrow) return tableWithNamesBelow(io, outcomes);
@@ -1700,8 +1717,8 @@ class Watch {
   /** What is wrong with the edited inventory; the last valid one is in use. */
   #trouble: string | undefined;
   /**
-   * True once a check was not denied. Nothing is printed before, so that a
-   * missing flag is one error.
+   * True once a check was not denied. No change is printed before, so that a
+   * missing flag is one error, not one line per node.
    */
   #isPermitted = false;
   #changes: Change[] = [];
@@ -1781,15 +1798,15 @@ class Watch {
       if (next.nodes.length > 0) return next;
 
       const fault = source.exists ? "has no hosts" : "is not there";
-      await this.#keep(`${origin} ${fault}`);
+      await this.#reportTrouble(`${origin} ${fault}`);
     } catch (error) {
-      if (!signal.aborted) await this.#keep(messageOf(error));
+      if (!signal.aborted) await this.#reportTrouble(messageOf(error));
     }
     return undefined;
   }
 
-  /** Goes on with the last valid inventory, and says so once. */
-  async #keep(trouble: string): Promise<void> {
+  /** Says once that the last valid inventory stays in use, and why. */
+  async #reportTrouble(trouble: string): Promise<void> {
     const isNew = trouble !== this.#trouble;
     this.#trouble = trouble;
 
@@ -1892,7 +1909,7 @@ class Watch {
 
     if (flags.json) {
       const head = {
-        ...jsonHead(this.#call),
+        ...jsonHead({ flags, inventory: this.#inventory }),
         time,
         previous: previous ?? null,
       };
@@ -1917,7 +1934,7 @@ class Watch {
 
   #frame(): string {
     const { rows, columns } = this.#call.io.size();
-    // The end of a full line would be erased with what follows it.
+    // A full last column makes `\x1b[K` erase its character.
     const width = columns - 1;
     const probes = this.#nodes.flatMap(({ name }) =>
       this.#seen.get(name)?.probe ?? []
@@ -2124,7 +2141,7 @@ const COORDINATOR: Command = {
   summary: "print HOST:PORT of the Elo database",
   usage: "[options]",
   options: ["config", ...COMMON],
-  help: { quiet: "changes nothing here" },
+  help: { quiet: "no effect here" },
   notes:
     "The node that elo_sync.coordinator names, else $RINGRIFT_COORDINATOR_IP.\n" +
     "Exit code 0: printed; 2: there is none.",
@@ -2157,7 +2174,10 @@ async function coordinatorNeeds({ inventory }: Call): Promise<Needs> {
   return { env: isInFile ? [] : ["RINGRIFT_COORDINATOR_IP"] };
 }
 
-/** Names a variable that decides, with the flag if it may not be read. */
+/**
+ * Returns the variable's name, with the missing `--allow-env` flag if there is
+ * one.
+ */
 function hintVariable(variable: string): string {
   const { state } = Deno.permissions.querySync({ name: "env", variable });
   if (state === "granted") return variable;
@@ -2169,8 +2189,10 @@ async function missingCoordinator(
   { config, nodes, origin }: Inventory,
 ): Promise<string> {
   const { coordinator } = await getEloSyncConfig(config);
-  const written = config.elo_sync?.coordinator;
-  const isSet = String(written).trim() === coordinator;
+  const configured = config.elo_sync?.coordinator;
+  // A blank one counts as unset: the library's default then stands for it.
+  const isSet = configured !== undefined &&
+    String(configured).trim() === coordinator;
   const isThere = nodes.some(({ name }) => name === coordinator);
 
   const or = `or set ${hintVariable("RINGRIFT_COORDINATOR_IP")}`;
@@ -2223,7 +2245,7 @@ const URLS: Command = {
         "or --port and --path";
     }
     if (kind !== "data" && flags["include-self"]) {
-      return "--include-self goes with urls data: the others include this host";
+      return "--include-self requires urls data: the others include this host";
     }
     return undefined;
   },
@@ -2233,6 +2255,8 @@ const URLS: Command = {
 
 async function runUrls(call: Call): Promise<number> {
   const { flags, io } = call;
+  // Says what is wrong with a selection before anything is checked or printed.
+  const nodes = select(call);
   const { urls, probes } = await findUrls(call);
 
   if (flags.json) {
@@ -2246,7 +2270,7 @@ async function runUrls(call: Call): Promise<number> {
   if (isSummarized) {
     const summary = flags.unchecked
       ? uncheckedSummary(call, urls)
-      : await answeredSummary(call, probes);
+      : await answeredSummary(call, { nodes, probes });
     await warn(io, `${summary}, ${call.inventory.origin}`);
   }
   return urls.length > 0 ? 0 : 1;
@@ -2320,12 +2344,15 @@ function uncheckedSummary(
 /** Says how many nodes answered, and which line shows the others. */
 async function answeredSummary(
   call: Call,
-  probes: readonly NodeProbe[],
+  { nodes, probes }: {
+    readonly nodes: readonly ClusterNode[];
+    readonly probes: readonly NodeProbe[];
+  },
 ): Promise<string> {
   const failed = probes.filter(isProblem);
   const answered = probes.length - failed.length;
   // The others were all checked, whatever came of it.
-  const ownCount = select(call).length - probes.length;
+  const ownCount = nodes.length - probes.length;
   let summary = `${answered} of ${probes.length} nodes answered`;
 
   if (failed.length > 0) {
@@ -2369,6 +2396,7 @@ async function urlsNeeds(call: Call): Promise<Needs> {
   const isForSelfToo = kind !== "data" || flags["include-self"];
   if (isForSelfToo) return { net: endpoints.flat() };
 
+  // The library leaves out this host, and names the others by their URLs alone.
   const others = await getDataSyncUrls({
     source: inventory.config,
     selection: selectionOf(call),
@@ -2410,7 +2438,7 @@ const WAIT: Command = {
   },
   notes:
     "Exit code 0: every selected node is up, or --min-up of them (--down: none is);\n" +
-    "1: the time is over, or a node has no address; 2: a node could not be checked,\n" +
+    "1: time ran out, or a node has no address; 2: a node could not be checked,\n" +
     "immediately if net permission is missing for too many nodes.",
   examples: [
     "cluster-hosts wait --timeout 10m",
@@ -2460,7 +2488,8 @@ async function runWait(call: Call): Promise<number> {
         await announce(probe);
       },
     });
-    // Nodes that were never asked are among the results alone.
+    // Nodes without an address are never probed: they appear only in the final
+    // result.
     probes.forEach(note);
   };
   const interrupt = await untilInterrupted(wait());
@@ -2472,7 +2501,7 @@ async function runWait(call: Call): Promise<number> {
   if (denied && !isEnough) await warn(io, denied);
 
   if (interrupt) throw interrupt;
-  if (isHopeless(call, waited)) return 1;
+  if (cannotSucceed(call, waited)) return 1;
   return exitCodeOf(probes, isEnough);
 }
 
@@ -2502,8 +2531,8 @@ async function printWaited(call: Call, waited: Waited): Promise<void> {
     await io.out(waitedJson(call, waited));
     return;
   }
-  if (isHopeless(call, waited)) {
-    await warn(io, hopelessText(waited));
+  if (cannotSucceed(call, waited)) {
+    await warn(io, notWaitingText(waited));
     return;
   }
 
@@ -2551,22 +2580,23 @@ function countReached({ flags }: Call, { nodes, last }: Waited): number {
 }
 
 /** True if too many nodes have no address for the others to be enough. */
-function isHopeless({ flags }: Call, waited: Waited): boolean {
+function cannotSucceed({ flags }: Call, waited: Waited): boolean {
   const { nodes, needed } = waited;
-  return !flags.down && nodes.length - homelessNodes(waited).length < needed;
+  return !flags.down &&
+    nodes.length - nodesWithoutAddress(waited).length < needed;
 }
 
-function hopelessText(waited: Waited): string {
+function notWaitingText(waited: Waited): string {
   const { nodes, needed, last } = waited;
-  const homeless = homelessNodes(waited);
-  const most = nodes.length - homeless.length;
-  const names = foldNodes(homeless);
-  const reason = reasonOf(last.get(homeless[0]!)?.failure);
+  const without = nodesWithoutAddress(waited);
+  const most = nodes.length - without.length;
+  const names = foldNodes(without);
+  const reason = reasonOf(last.get(without[0]!)?.failure);
   return `Not waiting: at most ${most} of ${nodes.length} nodes can be up, ` +
     `and ${needed} have to be; ${names}: ${reason}`;
 }
 
-function homelessNodes({ nodes, last }: Waited): ClusterNode[] {
+function nodesWithoutAddress({ nodes, last }: Waited): ClusterNode[] {
   return nodes.filter((node) => last.get(node)?.failure?.code === "no-address");
 }
 
@@ -2587,6 +2617,7 @@ function missingText({ flags }: Call, { nodes, last }: Waited): string {
   );
   return texts.join(", ");
 }
+
 // --- ssh ---
 
 const SSH: Command = {
@@ -2616,8 +2647,8 @@ const SSH: Command = {
   notes:
     "Needs a NODE, or --role, --gpu, --status or --where; '*' is every active node.\n" +
     "Without a command: a login on one NODE. Ctrl-C and --timeout end ssh; a command\n" +
-    "that has started may go on on its node. Exit code 0: the command returned 0 on\n" +
-    "every node; 1: it did not.",
+    "that has started may keep running on its node. Exit code 0: the command returned\n" +
+    "0 on every node; 1: it did not.",
   examples: [
     "cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L",
     "cluster-hosts ssh gpu-1 --stdin -- bash < setup.sh",
@@ -2681,7 +2712,7 @@ function commandProblem(
 ): string | undefined {
   const command = remote.join(" ").trim();
 
-  if (command === "") return `There is no command; ${COMMAND_HINT}`;
+  if (command === "") return `No command given; ${COMMAND_HINT}`;
   if (stdin || !isBareShell(command)) return undefined;
 
   return `"${command}" alone runs nothing: ` +
@@ -2706,7 +2737,7 @@ function loginProblem({ words, flags }: Invocation): string | undefined {
   const misplaced = COMMAND_OPTIONS.find((name) => name in flags);
   if (!misplaced) return undefined;
 
-  return `--${misplaced} goes with a command; ${COMMAND_HINT}`;
+  return `--${misplaced} requires a command; ${COMMAND_HINT}`;
 }
 
 function manyLogins(count: number): string {
@@ -2754,7 +2785,7 @@ function inFolder(
   const rest = ringriftPath.slice(home.length);
   const folder = rest === "" ? home : home + shellQuote(rest);
 
-  // Without `eval`, what stands after a ";" would run without the folder, too.
+  // Without `eval`, the part after a `;` would run even if `cd` failed.
   const command = remote.join(" ");
   const isCompound = /[;&|\n#]/.test(command);
   const words = isCompound ? ["eval", shellQuote(command)] : remote;
@@ -3070,8 +3101,9 @@ const BANNER_DELAY_MS = 1000;
  * Prints what comes on stderr while outputs are collected: it may ask a person
  * to act, as the login URL of Tailscale does.
  *
- * What a node says within its last second is left to the collected output, so
- * that forty nodes that refuse at once are still one line.
+ * If a node ends within `BANNER_DELAY_MS` of its first stderr text, that text
+ * is only in the collected output: forty nodes that refuse at once are still
+ * one line.
  */
 class BannerPrinter implements OutputView, Disposable {
   readonly #printer: LinePrinter;
@@ -3232,7 +3264,8 @@ function foldEqual(
   results: readonly CommandResult[],
   keyOf: (result: CommandResult, mask: Mask) => string,
 ): CommandResult[][] {
-  // Raw first: masking alone would split equal outputs that name one node.
+  // Compare unmasked first: if all nodes print `gpu-1`, masking would change
+  // only gpu-1's output.
   const equal = Map.groupBy(results, (result) => {
     return keyOf(result, (text) => text);
   });
@@ -3364,9 +3397,9 @@ const EXPORT: Command = {
   },
   notes:
     "A Prometheus target is HOST:PORT; its __param_target is the URL that status\n" +
-    "checks. Exit code 0: printed; 2: nothing printed, a node cannot be named there.",
+    "checks. Exit code 0: printed; 2: a node's name cannot be exported.",
   examples: [
-    "cluster-hosts export prometheus > targets.json",
+    "cluster-hosts export prometheus > new.json && mv new.json targets.json",
     "cluster-hosts export ssh-config > ~/.ssh/cluster",
   ],
   takesNodes: true,
@@ -3454,7 +3487,7 @@ interface GroupLabel {
 /**
  * Groups the nodes by role, status and GPU, under names that Ansible accepts.
  *
- * @throws {Error} if two values give one group, or a node is called like one
+ * @throws {Error} if two values give one group, or a node has the name of one
  */
 function ansibleGroups(
   nodes: readonly ClusterNode[],
@@ -3480,7 +3513,7 @@ function ansibleGroups(
   }
   for (const { name } of nodes) {
     const isGroup = groups.has(name) || ["all", "ungrouped"].includes(name);
-    if (isGroup) faults.push(`the node ${name} is called like a group`);
+    if (isGroup) faults.push(`the node ${name} has the same name as a group`);
   }
 
   if (faults.length > 0) {
@@ -3595,8 +3628,8 @@ const PERMISSIONS: Command = {
   usage: "COMMAND [its arguments]",
   options: ["config", "help"],
   notes:
-    "Prints one line for `deno run $(...) URL COMMAND`, for this inventory. It takes\n" +
-    "the options of COMMAND; those that change only what is shown change nothing.",
+    "Prints one line for `deno run $(...) URL COMMAND`, for this inventory.\n" +
+    "Takes the options of COMMAND; display options have no effect.",
   examples: [
     "cluster-hosts permissions status",
     "cluster-hosts permissions wait 'gpu-*' --port 22",
@@ -3618,22 +3651,24 @@ const PERMISSIONS: Command = {
 
     const net = [...reading.net, ...needs.net ?? []];
     const env = [...reading.env, ...needs.env ?? []];
-    const flags = [
+    const netPart = net.length > 0 ? netFlag(net) : undefined;
+    const parts = [
       allowFlag("read", reading.read),
-      net.length > 0 ? netFlag(net) : undefined,
+      netPart,
       allowFlag("env", env),
       allowFlag("sys", needs.sys ?? []),
       allowFlag("run", needs.run ?? []),
     ].filter((flag) => flag !== undefined);
 
-    if (flags.includes("--allow-net")) {
+    const permitsEveryHost = netPart === "--allow-net";
+    if (permitsEveryHost) {
       await warn(
         io,
         `${net.length} endpoints do not fit into one flag: ` +
           "--allow-net permits every host",
       );
     }
-    await io.out(`${flags.join(" ")}\n`);
+    await io.out(`${parts.join(" ")}\n`);
     return 0;
   },
 };
@@ -3671,8 +3706,8 @@ async function readingNeeds(
     read.push(file.value);
   }
 
-  // Another program's file may set the data port of every node; a command that
-  // reads the inventory itself does not look for it.
+  // The unified config may override every node's data port. `validate` never
+  // looks up nodes, so it does not read it.
   const hasNodes = command.inventory !== "own";
   if (hasNodes && await readsUnifiedConfig(config)) {
     const path = readVariable("RINGRIFT_CONFIG_PATH");
@@ -3680,20 +3715,23 @@ async function readingNeeds(
     if (path !== undefined) read.push(path);
   }
 
-  requireUnsplit(read);
+  requirePlain(read);
   return { read, net, env };
 }
 
-function requireUnsplit(paths: readonly string[]): void {
-  const split = paths.find((path) => /[\s,'"$`\\*?[]/.test(path));
+function requirePlain(paths: readonly string[]): void {
+  const special = paths.find((path) => /[\s,'"$`\\*?[]/.test(path));
 
-  if (split !== undefined) {
-    const quoted = JSON.stringify(split);
+  if (special !== undefined) {
+    const quoted = JSON.stringify(special);
     throw new Error(
-      `Cannot print a flag for ${quoted}: a shell would split it`,
+      `Cannot print a flag for ${quoted}: it holds a character that the ` +
+        "shell or Deno would interpret",
     );
   }
 }
+
+// --- The commands ---
 
 const COMMANDS: readonly Command[] = [
   STATUS,
@@ -3718,7 +3756,10 @@ interface Column {
   readonly align?: "right";
   /** Its turn to be dropped, lowest first. Without one, it is never dropped. */
   readonly drop?: number;
-  /** True if it was asked for: it is cut before it is dropped, after others. */
+  /**
+   * True if `--show` asked for it: kept, though cut short, until all other
+   * optional columns are gone.
+   */
   readonly isAsked?: boolean;
   /** The width that it can be cut to. Without one, it is never cut. */
   readonly least?: number;
@@ -3999,7 +4040,7 @@ function liveLine(
     try {
       await io.err(`\r${next}\x1b[K`);
     } catch {
-      // What cannot be written is said where the command writes a result.
+      // Ignored: the command's next write reports it.
     } finally {
       isWriting = false;
     }
@@ -4124,8 +4165,8 @@ class Interrupt extends Error {
 }
 
 /**
- * A stdout that is closed, as by `head`: the command ends quietly with 0, as
- * what it has found out so far need not be all.
+ * A stdout that is closed, as by `head`: the command ends quietly and exits 0:
+ * its results are incomplete, so they cannot decide the exit code.
  */
 class ClosedOutput extends Error {}
 
@@ -4216,6 +4257,7 @@ class Output {
         this.#sinceMs = undefined;
       } catch (error) {
         if (!(error instanceof Deno.errors.WouldBlock)) {
+          this.#sinceMs = undefined;
           throw outputError(error);
         }
         await delay(WOULD_BLOCK_DELAY_MS);
@@ -4236,14 +4278,18 @@ function terminalSize(): { columns: number; rows: number } {
 }
 
 /**
- * How long a command may take after a signal to say what it knows. An ssh that
- * does not end has half a second, and what it wrote another half: much longer
- * on a busy machine.
+ * How long a command may take after a signal to say what it knows.
+ *
+ * After a signal, ssh gets 500 ms to exit and its output 500 ms to drain; the
+ * rest is slack for a busy machine.
  */
 const GRACE_MS = 5000;
 
 /** How long it may take after a signal to write one chunk of it. */
 const BLOCKED_GRACE_MS = 500;
+
+/** How often both are looked at after a signal. */
+const GRACE_CHECK_MS = 100;
 
 /**
  * Calls the listener at the first signal. Exits if the command does not end
@@ -4266,7 +4312,7 @@ function listenToSignals(
       timer = setInterval(() => {
         const isBlocked = output.blockedMs > BLOCKED_GRACE_MS;
         if (isBlocked || performance.now() > endMs) exit();
-      }, 100);
+      }, GRACE_CHECK_MS);
       listener(signal);
     };
     return { signal, onSignal };
@@ -4277,7 +4323,8 @@ function listenToSignals(
   }
 
   return () => {
-    clearInterval(timer);
+    // The first use of a timer loads Deno's timers, which takes a while.
+    if (timer !== undefined) clearInterval(timer);
     for (const { signal, onSignal } of listeners) {
       Deno.removeSignalListener(signal, onSignal);
     }
@@ -4370,8 +4417,8 @@ export async function main(
   } catch (error) {
     return await reportError(io, error);
   } finally {
-    // Writes take turns: what nobody awaited, such as the end of a live line,
-    // is written when this is.
+    // An empty write waits for all earlier ones, such as clearing the live
+    // line.
     await io.err("");
     stopListening();
   }

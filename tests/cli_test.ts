@@ -413,6 +413,26 @@ Deno.test("cluster-hosts status --watch watches RINGRIFT_COORDINATOR_IP where th
   assertEquals((await watch.end()).code, 130);
 });
 
+Deno.test("cluster-hosts status --watch --json names the inventory as soon as there is one", async () => {
+  await using node = await startNode("ok");
+  await using empty = await writeInventory({ a: hostAt(node) });
+  const env = { RINGRIFT_COORDINATOR_IP: node.hostname };
+  const words = ["--watch", "--json", "--interval", "100ms"];
+  const args = ["status", ...words, "--port", String(node.port)];
+
+  await using watch = startCli(args, { env, cwd: empty.folder });
+  const before = JSON.parse((await watch.stdout.next()).value);
+  await Deno.mkdir(`${empty.folder}/config`);
+  await Deno.rename(
+    empty.path,
+    `${empty.folder}/config/distributed_hosts.yaml`,
+  );
+  const after = JSON.parse((await watch.stdout.next()).value);
+
+  assertEquals(before.config, null);
+  assertEquals(after.config, "config/distributed_hosts.yaml");
+});
+
 for (
   const [address, printed] of [["127.0.0.1", "127.0.0.1:8766"], [
     "::1",

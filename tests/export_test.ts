@@ -303,13 +303,16 @@ Deno.test("cluster-hosts export ansible rejects two roles that would be one grou
 });
 
 for (const name of ["all", "ungrouped", "role_worker"]) {
-  Deno.test(`cluster-hosts export ansible rejects a node that is called like the group ${name}`, async () => {
+  Deno.test(`cluster-hosts export ansible rejects a node that has the same name as the group ${name}`, async () => {
     const hosts = { [name]: hostAt({ port: 1 }, { role: "worker" }) };
 
     const result = await runOnHosts(hosts, ["export", "ansible"]);
 
     assertEquals([result.code, result.stdout], [2, ""]);
-    assertStringIncludes(result.stderr, `the node ${name} is called like a `);
+    assertStringIncludes(
+      result.stderr,
+      `the node ${name} has the same name as a group`,
+    );
   });
 }
 

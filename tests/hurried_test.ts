@@ -131,6 +131,10 @@ const HURRIED: readonly Hurried[] = [
     answer: "--watch and --names cannot be used together",
   },
   {
+    line: "status --watch --min-up 2",
+    answer: "--min-up and --watch cannot be used together",
+  },
+  {
     line: "status --ssh --port 22",
     answer: "--ssh and --port cannot be used together",
     then: "status --ssh",
@@ -574,9 +578,10 @@ const NOTHING_LEFT: readonly (readonly [line: string, message: string])[] = [
 ];
 
 for (const [line, message] of NOTHING_LEFT) {
-  for (const command of ["status", "nodes", "wait"]) {
+  for (const command of ["status", "nodes", "wait", "urls data --quiet"]) {
     Deno.test(`cluster-hosts ${command} says why ${line} leaves no node`, async () => {
-      const result = await runMain([command, "-c", DEMO, ...line.split(" ")]);
+      const words = `${command} ${line}`.split(" ");
+      const result = await runMain([...words, "-c", DEMO]);
 
       assertRefused(result, `No node is selected in ${DEMO}: ${message}`);
     });

@@ -699,7 +699,7 @@ testUnless(
         }],
         [/^deno install /, async (line) => assertSuccess(await type(line))],
         [/^cp /, async (line) => assertSuccess(await type(line, checkout))],
-        [/^deno task cluster-hosts nodes$/, async (line) => {
+        [/^deno task -q cluster-hosts nodes$/, async (line) => {
           const result = await type(line, checkout);
           assertSuccess(result);
           assertMatch(result.stdout, /^gpu-node-1 /m);
