@@ -5375,8 +5375,11 @@ class ProbePool {
   /** Whether a probe failed for want of descriptors, and may do better soon. */
   #shouldRetry({ failure }: NodeProbe, index: number): boolean {
     const nowMs = performance.now();
-    // A lookup without a descriptor fails as if the name did not exist.
-    const isSuspect = failure?.code === "dns" && this.#isShort(nowMs);
+    // A lookup without a descriptor fails as if the name did not exist: what it
+    // says counts the second time, and only while descriptors are not short.
+    const isFirst = !this.#shortSinceMs.has(index);
+    const isSuspect = failure?.code === "dns" &&
+      (isFirst || this.#isShort(nowMs));
     const isShortage = failure === NO_DESCRIPTORS || isSuspect;
     if (!isShortage || this.isOver) return false;
 
