@@ -4307,8 +4307,8 @@ export async function readBody(
   return await reader.take(Number(length));
 }
 
-/** Reads a body that comes in chunks. Exported for the tests. */
-export async function readChunks(reader: ResponseReader): Promise<Bytes> {
+/** Reads a body that comes in chunks. */
+async function readChunks(reader: ResponseReader): Promise<Bytes> {
   const badChunk = () => badResponse("a chunk size is missing or wrong");
   const chunks: Bytes[] = [];
   let total = 0;
