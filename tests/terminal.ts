@@ -39,7 +39,11 @@ export async function startTerminal(
 
   const quoted = command.map((word) => `'${word.replaceAll("'", `'\\''`)}'`);
   const line = `stty rows 24 cols 80; exec ${quoted.join(" ")}`;
-  // Opened for both, a pipe never comes to its end.
+  // Opened for both, a pipe keeps what nobody has read yet, does not block its
+  // writer, and never comes to its end.
+  const keyboard = stack.use(
+    await Deno.open(keys, { read: true, write: true }),
+  );
   const script = 'exec script -qefc "$0" /dev/null <> "$2" > "$1"';
   const program = stack.use(
     start("sh", ["-c", script, line, screen, keys], {
@@ -55,9 +59,8 @@ export async function startTerminal(
   const held = stack.move();
   return {
     shown,
-    // Opened for both, a pipe that nobody reads any more does not block.
     async type(text) {
-      await run("sh", ["-c", 'printf %s "$1" 1<> "$0"', keys, text]);
+      await keyboard.write(new TextEncoder().encode(text));
     },
     until: (expected) => eventually(shown, (text) => expected.test(text)),
     async ended() {
