@@ -9,7 +9,7 @@
  * Results go to stdout; progress, summaries and errors go to stderr. The exit
  * code is 0 if all is well, 1 if it is not, 2 for bad usage, a bad inventory or
  * something that could not be checked, and 130, 143 or 129 after SIGINT,
- * SIGTERM or SIGHUP.
+ * SIGTERM or SIGHUP. A login returns the exit code of ssh.
  *
  * It never prompts for a permission: an error names the missing flag, and
  * `permissions COMMAND` prints all flags that a command needs.
@@ -79,17 +79,20 @@ import manifest from "./deno.json" with { type: "json" };
 
 // --- Usage and options ---
 
-/** Streams and terminal of {@linkcode main}; a test gives one that records. */
+/** The streams and terminal that {@linkcode main} uses. Tests pass a fake. */
 export interface Io {
-  /** Writes a result. Resolves when it is written. */
+  /** Writes a result. Resolves once it is written. */
   out(text: string): void | Promise<void>;
-  /** Writes progress, a summary or an error. Resolves when it is written. */
+  /** Writes progress, a summary or an error. Resolves once it is written. */
   err(text: string): void | Promise<void>;
   /** Reads all of stdin. */
   readStdin(): Promise<Uint8Array<ArrayBuffer>>;
-  /** Calls the listener at SIGINT, SIGTERM, SIGHUP; returns what stops that. */
+  /**
+   * Calls the listener on SIGINT, SIGTERM or SIGHUP. Returns a function that
+   * stops listening.
+   */
   onSignal(listener: (signal: Deno.Signal) => void): () => void;
-  /** Returns the size of the terminal at this moment. */
+  /** Returns the current size of the terminal. */
   size(): { readonly columns: number; readonly rows: number };
   /** True if results go to a terminal. */
   readonly isTerminal: boolean;
@@ -97,11 +100,11 @@ export interface Io {
   readonly isErrTerminal: boolean;
   /** True if the terminal can move its cursor: not with `TERM=dumb`. */
   readonly hasCursor: boolean;
-  /** True if a terminal shows colours: not with `NO_COLOR`. */
+  /** True if a terminal shows colours: not with `NO_COLOR` or `TERM=dumb`. */
   readonly hasColour: boolean;
 }
 
-/** One of the commands: what it takes, what its help says, what it does. */
+/** A command: its arguments, its help, and what it does. */
 type Command = InventoryCommand | ReadingCommand;
 
 interface CommandBase {
@@ -109,12 +112,12 @@ interface CommandBase {
   readonly summary: string;
   /** The usage line, without the program and the command's name. */
   readonly usage: string;
-  /** Subcommands; one of them comes before the NODEs. */
+  /** The command's subcommands; one of them comes before the NODEs. */
   readonly kinds?: readonly string[];
-  /** Options with which the kind may be left out; it is then "". */
+  /** Options that make the kind optional; without a kind, it is "". */
   readonly kindsReplacedBy?: readonly OptionName[];
   readonly options: readonly OptionName[];
-  /** Help texts that replace the general ones. */
+  /** Help that replaces the general help of an option. */
   readonly help?: Readonly<Partial<Record<OptionName, string>>>;
   readonly notes: string;
   readonly examples: readonly string[];
@@ -126,13 +129,13 @@ interface CommandBase {
   readonly takesCommand?: boolean;
   /** Returns what is wrong with its arguments, before the inventory is read. */
   check?(request: Invocation): string | undefined;
-  /** Lists the permissions that it needs besides reading the inventory. */
+  /** Lists the permissions that it needs beyond reading the inventory. */
   needs?(call: Call): Promise<Needs> | Needs;
 }
 
-/** A command that is run on a sound inventory. */
+/** A command that runs only with a valid inventory. */
 interface InventoryCommand extends CommandBase {
-  /** "fallback" if `RINGRIFT_COORDINATOR_IP` may stand for a missing one. */
+  /** "fallback" if `RINGRIFT_COORDINATOR_IP` may replace a missing one. */
   readonly inventory: "required" | "fallback";
   /** Runs it, and resolves to the exit code. */
   run(call: Call): Promise<number>;
@@ -159,15 +162,15 @@ interface Invocation {
   /** Aborts with an {@linkcode Interrupt} when a signal comes. */
   readonly signal: AbortSignal;
   readonly flags: Flags;
-  /** The kind that is asked for, of the command's `kinds`; else "". */
+  /** The requested one of the command's `kinds`; "" without one. */
   readonly kind: string;
   /** The words after the command and its kind. */
   readonly words: readonly string[];
   /** The words after "--"; undefined without a "--". */
   readonly remote: readonly string[] | undefined;
   /**
-   * The command that `permissions` reports on; undefined for every other
-   * command. `kind` and `words` are then those of this command.
+   * The command that `permissions` reports on, to which `kind` and `words` then
+   * belong; undefined for every other command.
    */
   readonly about: Command | undefined;
 }
@@ -179,13 +182,13 @@ interface Call extends Invocation {
 
 /** An option of the command line. */
 interface Option {
-  /** The letter that stands for it after one dash. */
+  /** Its one-letter form, without the dash. */
   readonly short?: string;
-  /** The word for its value in help. An option without one is a switch. */
+  /** The placeholder for its value in help. A switch has none. */
   readonly value?: string;
-  /** What an error says that it takes: `--port takes EXPECTED, not "x"`. */
+  /** Its valid values, for an error: `--port takes EXPECTED, not "x"`. */
   readonly expected?: string;
-  /** Returns the value, or undefined if the text is not what is expected. */
+  /** Returns the value, or undefined if the text is invalid. */
   parse?(text: string): unknown;
   /** True if it may be repeated: the lists that `parse` returns are joined. */
   readonly isList?: boolean;
@@ -225,7 +228,7 @@ const OPTIONS = {
     expected: "a comma-separated list",
     parse: parseList,
     isList: true,
-    help: "only nodes of this status (default: active ones)",
+    help: "only nodes of this status (default: active nodes)",
   },
   exclude: {
     value: "NODE",
@@ -256,7 +259,7 @@ const OPTIONS = {
     value: "PORT",
     expected: "a whole number from 1 to 65535",
     parse: parsePortNumber,
-    help: "another port (default: each node's data server)",
+    help: "use this port (default: each node's data server)",
   },
   tcp: { help: "check only that TCP connects" },
   ssh: { help: "check that the ssh server answers" },
@@ -264,7 +267,7 @@ const OPTIONS = {
     value: "PATH",
     expected: 'a path that begins with "/"',
     parse: parseUrlPath,
-    help: "ask for this path (default: each node's status_path)",
+    help: "request this path (default: each node's status_path)",
   },
   "min-up": {
     value: "N|N%",
@@ -279,7 +282,7 @@ const OPTIONS = {
     isList: true,
     help: "show only up, unhealthy, down, unknown or problems",
   },
-  gather: { help: "one line per outcome, names folded" },
+  gather: { help: "print one line per outcome, with the names folded" },
   names: { help: "print names only" },
   show: {
     value: "KEY",
@@ -287,13 +290,13 @@ const OPTIONS = {
     parse: parseList,
     isList: true,
     help:
-      "show these keys of the answers: a,b.c\n(default: version,game_count)",
+      "show these keys of each answer: a,b.c\n(default: version,game_count)",
   },
-  watch: { help: "check again and again" },
+  watch: { help: "keep checking until interrupted" },
   interval: { ...TIME, help: "time between two checks of a node" },
   down: { help: "wait until no node is up" },
-  "include-self": { help: "urls data: this host too" },
-  unchecked: { help: "check nothing: print the URL of every selected node" },
+  "include-self": { help: "urls data: include this host" },
+  unchecked: { help: "do not check; print the URL of every selected node" },
   user: {
     short: "l",
     value: "NAME",
@@ -312,11 +315,11 @@ const OPTIONS = {
     expected: "KEY=VALUE as in ssh_config(5)",
     parse: parseAssignment,
     isList: true,
-    help: "as in ssh_config(5); repeatable",
+    help: "set an option, as in ssh_config(5); repeatable",
   },
-  cd: { help: "run it in each node's ringrift_path" },
+  cd: { help: "run the command in each node's ringrift_path" },
   stdin: { help: "send stdin to each node's command" },
-  "dry-run": { help: "print the commands, and run none" },
+  "dry-run": { help: "print the commands without running them" },
   strict: { help: "treat warnings as errors" },
   json: { help: "print JSON" },
   quiet: { short: "q", help: "print nothing if all is well" },
@@ -331,7 +334,7 @@ type OptionValue<O> = O extends { parse(text: string): infer T }
   ? Exclude<T, undefined>
   : true;
 
-/** The options that are given. */
+/** The options that were given, with their values. */
 type Flags = {
   readonly [Name in OptionName]?: OptionValue<(typeof OPTIONS)[Name]>;
 };
@@ -355,14 +358,14 @@ const SELECTION = [
   "all",
 ] as const satisfies OptionName[];
 
-/** Options of what contacts many nodes. */
+/** Options of commands that check many nodes. */
 const SWEEP = [
   "timeout",
   "concurrency",
   "port",
 ] as const satisfies OptionName[];
 
-/** Options of every command that prints something. */
+/** Options of most commands; a few take only `--help` of these. */
 const COMMON = ["json", "quiet", "help"] as const satisfies OptionName[];
 
 function generalHelp(): string {
@@ -376,9 +379,9 @@ function generalHelp(): string {
     "Usage: cluster-hosts COMMAND [NODE...] [options]",
     commands.join("\n"),
     "NODE is a name, a glob (gpu-*), a range (gpu-[1-8], gpu-[01-16,20]) or a\n" +
-    "comma-separated list of these. Without one: the active nodes.",
+    "comma-separated list of these. By default: the active nodes.",
     optionHelp([...SELECTION, ...SWEEP, ...COMMON, "version"]),
-    '"cluster-hosts COMMAND --help" lists what a command takes.',
+    '"cluster-hosts COMMAND --help" lists the options of a command.',
     "Exit code 0: all is well; 1: it is not; 2: bad usage or config, or\n" +
     "something could not be checked.\n",
   ].join("\n\n");
@@ -396,7 +399,7 @@ function commandHelp(command: Command): string {
   ].join("\n\n");
 }
 
-/** Lists options with their help; `own` replaces the help of some of them. */
+/** Lists options with their help; `own` overrides the help of some. */
 function optionHelp(
   names: readonly OptionName[],
   own: Command["help"] = {},
@@ -420,18 +423,18 @@ function optionHelp(
 
 // --- Arguments ---
 
-/** A line taken apart; its faults are reported once its command is known. */
+/** A parsed command line. Faults are reported once the command is known. */
 interface Line {
   readonly words: readonly string[];
   readonly remote: readonly string[] | undefined;
   readonly flags: Flags;
   readonly unknown: readonly string[];
   readonly faults: readonly OptionFault[];
-  /** True if nothing was typed at all. */
+  /** True if there are no arguments at all. */
   readonly isEmpty: boolean;
 }
 
-/** An option with a value that it does not take. */
+/** An option whose value is missing, needless or invalid. */
 interface OptionFault {
   readonly option: OptionName;
   readonly message: string;
@@ -445,7 +448,7 @@ function parseLine(args: readonly string[]): Line {
   const { joined, unknown, faults } = joinOptions(ours);
   const given: Record<string, unknown> = parseArgs(joined, {
     boolean: SWITCHES,
-    // "_" keeps words such as 010 as they are.
+    // "_" keeps words such as 010 from becoming numbers.
     string: [...VALUED, "_"],
     collect: VALUED,
   });
@@ -462,12 +465,12 @@ function parseLine(args: readonly string[]): Line {
 }
 
 /**
- * Writes each option with its value as one word, `--name=value`, and each
- * switch as `--name=true`. `parseArgs` of `@std/cli` then sorts them into
- * switches, values and words: that form is the one that it never misreads.
+ * Rewrites each option with a value as one word, `--name=value`, and each
+ * switch as `--name=true`: the form that `parseArgs` of `@std/cli` never
+ * misreads.
  *
- * Given the line as it was typed, `parseArgs` would take `-t5s` for three
- * switches and `--config -` for an empty value, lose the key of `-oKEY=VALUE`,
+ * Given the line as it was typed, `parseArgs` would read `-t5s` as three
+ * switches and `--config -` as an empty value, lose the key of `-oKEY=VALUE`,
  * and let an unknown option swallow a word.
  */
 function joinOptions(
@@ -520,7 +523,7 @@ function withoutValue(arg: string): string {
   return name;
 }
 
-/** An option as it is typed, with what is attached to it. */
+/** An option as it was typed, with any text attached to it. */
 interface TypedOption {
   readonly name: OptionName;
   readonly attached: string | undefined;
@@ -538,7 +541,7 @@ function splitOption(arg: string): TypedOption | undefined {
     if (word === name) return { name, attached: value, isLetter: false };
     if (letter === undefined || letter !== short) continue;
 
-    // -c=value is -cvalue.
+    // -c=value means -cvalue.
     const attached = isSwitch(name) ? rest : rest?.replace(/^=/, "");
     return { name, attached, isLetter: true };
   }
@@ -564,7 +567,7 @@ function takeValue(queue: string[]): string | undefined {
   return isValue ? queue.shift() : undefined;
 }
 
-/** Reads the flags from what `parseArgs` has found. */
+/** Reads the flags from the result of `parseArgs`. */
 function readFlags(
   given: Readonly<Record<string, unknown>>,
 ): { flags: Flags; faults: OptionFault[] } {
@@ -587,7 +590,7 @@ function readFlags(
   return { flags: flags as Flags, faults };
 }
 
-/** Parses the values of one option; a repeatable one gives a joined list. */
+/** Parses the values of one option; those of a list option are joined. */
 function parseValues(
   name: OptionName,
   texts: readonly string[],
@@ -595,7 +598,7 @@ function parseValues(
   const { expected, isList, parse }: Option = OPTIONS[name];
 
   if (!isList && texts.length > 1) {
-    return { message: `--${name} is given twice` };
+    return { message: `--${name} was given more than once` };
   }
 
   const values = texts.map((text) => parse?.(text));
@@ -622,7 +625,7 @@ function parseList(text: string): string[] | undefined {
   return filled.length > 0 ? filled : undefined;
 }
 
-/** Parses `KEY=VALUE` to a list of one pair, as lists are joined. */
+/** Parses `KEY=VALUE` into a list of one pair, since lists are joined. */
 function parsePair(
   text: string,
 ): (readonly [key: string, value: string])[] | undefined {
@@ -664,7 +667,7 @@ const UNIT_MS: Readonly<Record<string, number>> = {
 /** The longest delay that a timer can hold. */
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
-/** Parses a duration to milliseconds; a number alone counts seconds. */
+/** Parses a duration into milliseconds; a bare number is in seconds. */
 function parseDuration(text: string): number | undefined {
   const [, number, unit = "s"] = /^(\d+(?:\.\d+)?)(ms|s|m|h)?$/.exec(text) ??
     [];
@@ -675,7 +678,7 @@ function parseDuration(text: string): number | undefined {
   return ms >= 1 && ms <= MAX_TIMER_MS ? Math.round(ms) : undefined;
 }
 
-/** Writes a duration as it is typed: `500ms`, `5s`, `2m`, `1h`. */
+/** Formats a duration as it would be typed: `500ms`, `5s`, `2m`, `1h`. */
 function typedDuration(ms: number): string {
   if (ms % 1000 !== 0) return `${ms}ms`;
   if (ms % 60_000 !== 0) return `${ms / 1000}s`;
@@ -739,7 +742,7 @@ function immediateAnswer(line: Line): string | undefined {
     : commandHelp(findCommand(topic, words));
 }
 
-/** Finds the command of a line, and throws what is wrong with its arguments. */
+/** Finds the command of a line; throws if its arguments are invalid. */
 function readRequest(
   line: Line,
   streams: Pick<Invocation, "io" | "signal">,
@@ -751,7 +754,7 @@ function readRequest(
   const about = command?.takesCommand && innerName !== undefined
     ? findCommand(innerName, innerWords)
     : undefined;
-  // The command whose options and arguments these are.
+  // The command that the options and arguments belong to.
   const subject = about ?? command;
 
   const problems = optionProblems(line, subject);
@@ -781,7 +784,7 @@ function readRequest(
   return { command, request };
 }
 
-/** Lists options that are unknown, not this command's, or have no sound value. */
+/** Lists options that are unknown, of another command, or have a bad value. */
 function optionProblems(line: Line, command: Command | undefined): string[] {
   const { flags, unknown, faults } = line;
   const known = command?.options ?? OPTION_NAMES;
@@ -812,18 +815,18 @@ function optionProblems(line: Line, command: Command | undefined): string[] {
   return problems;
 }
 
-/** Options of one group cannot be used together. */
+/** Groups of mutually exclusive options. */
 const EXCLUSIVE: readonly (readonly OptionName[])[] = [
   ["json", "gather", "names", "dry-run"],
   ["watch", "gather", "names"],
-  // A watch never ends by itself: it has no result to decide.
+  // A watch never ends by itself, so it has no result to decide.
   ["min-up", "watch"],
   ["show", "gather", "names"],
-  // --tcp and --ssh ask for no document, and --ssh has a port of its own.
+  // --tcp and --ssh request no document, and --ssh uses the ssh port.
   ["tcp", "ssh", "path"],
   ["tcp", "ssh", "show"],
   ["ssh", "port"],
-  // Down means that no node at all is up.
+  // --down waits for every node.
   ["down", "min-up"],
 ];
 
@@ -836,7 +839,7 @@ function exclusiveClash(flags: Flags): string | undefined {
   return `${options} cannot be used together`;
 }
 
-/** Returns what is wrong with the arguments together. */
+/** Returns what is wrong with the arguments as a whole. */
 function argumentProblem(
   request: Invocation,
   command: Command,
@@ -854,22 +857,22 @@ function argumentProblem(
   }
   if (!takesNodes && words.length > 0) {
     const got = words.join(" ");
-    return `${name} takes no NODE, got ${got}; ` +
+    return `${name} takes no NODE, but got ${got}; ` +
       "a file is given as --config FILE";
   }
   return undefined;
 }
 
-/** Names an option in an error, with the letter that may have been typed. */
+/** Names an option in an error, with its letter, which may have been typed. */
 function spelled(name: OptionName): string {
   const { short }: Option = OPTIONS[name];
   return short ? `--${name} (-${short})` : `--${name}`;
 }
 
-/** Advice on an option that other tools have, or other commands. */
+/** Advice on an option of another tool or another command. */
 interface Hint {
   readonly typed: string;
-  /** The option that a command must take for the advice to be sound. */
+  /** The option that a command must take for the advice to apply. */
   readonly takes: OptionName;
   readonly advice: string;
 }
@@ -877,7 +880,7 @@ interface Hint {
 const NAME_NODES =
   "name the nodes without an option, as in 'gpu-[1-8]'; '*' is every active node";
 
-/** What those who come from other tools type; the first that fits counts. */
+/** Advice for users of other tools and commands; the first match counts. */
 const HINTS: readonly Hint[] = [
   { typed: "-w", takes: "role", advice: NAME_NODES },
   { typed: "-a", takes: "role", advice: NAME_NODES },
@@ -909,7 +912,7 @@ function hintOn(
   return hint && `: ${hint.advice}`;
 }
 
-/** Commands by the names that other tools have for them. */
+/** Commands, keyed by the names that other tools have for them. */
 const OTHER_NAMES: ReadonlyMap<string, string> = new Map([
   ["list", "nodes"],
   ["ls", "nodes"],
@@ -919,7 +922,7 @@ const OTHER_NAMES: ReadonlyMap<string, string> = new Map([
   ["exec", "ssh"],
 ]);
 
-/** Finds a command; `words` are those after its name. */
+/** Finds a command; `words` are the words after its name. */
 function findCommand(name: string, words: readonly string[]): Command {
   const command = COMMANDS.find((known) => known.name === name);
   if (command) return command;
@@ -928,9 +931,7 @@ function findCommand(name: string, words: readonly string[]): Command {
   if (later) {
     const form = `cluster-hosts ${later.name} ${later.usage}`;
     throw new Error(
-      `Unknown command ${
-        JSON.stringify(name)
-      }; the command comes first: ${form}`,
+      `Unknown command ${JSON.stringify(name)}; put the command first: ${form}`,
     );
   }
 
@@ -940,7 +941,7 @@ function findCommand(name: string, words: readonly string[]): Command {
   throw new Error(`Unknown command ${JSON.stringify(name)}; ${advice}`);
 }
 
-/** Takes the kind from the words, of a command that has kinds. */
+/** Moves the kind out of the words, if the command has kinds. */
 function takeKind(request: Invocation, command: Command): Invocation {
   const { name, kinds, kindsReplacedBy = [] } = command;
   if (!kinds) return request;
@@ -981,7 +982,7 @@ function foldNodes(nodes: readonly ClusterNode[]): string {
 interface Inventory extends ConfigText {
   readonly config: HostsConfig;
   readonly nodes: readonly ClusterNode[];
-  /** True if `RINGRIFT_COORDINATOR_IP` stands for a missing inventory. */
+  /** True if `RINGRIFT_COORDINATOR_IP` replaces a missing inventory. */
   readonly isFallback: boolean;
 }
 
@@ -997,7 +998,7 @@ async function loadInventory(
   throw missingInventory();
 }
 
-/** Reads the text of the inventory: that of `--config`, or the default one. */
+/** Reads the text of the inventory that `--config` names, or the default. */
 async function readInventory(
   request: Pick<Invocation, "flags" | "io" | "signal">,
 ): Promise<ConfigText> {
@@ -1018,7 +1019,7 @@ async function readInventory(
   }
 }
 
-/** Reads stdin, which has no signal of its own and must not delay Ctrl-C. */
+/** Reads stdin. The read cannot be aborted, but it must not delay Ctrl-C. */
 async function readStdin(
   { io, signal }: Pick<Invocation, "io" | "signal">,
 ): Promise<Uint8Array<ArrayBuffer>> {
@@ -1036,7 +1037,7 @@ async function parseInventory(source: ConfigText): Promise<Inventory> {
   return { ...source, config, nodes: [...nodes.values()], isFallback: false };
 }
 
-/** Makes an inventory of the one node that `RINGRIFT_COORDINATOR_IP` names. */
+/** Makes an inventory of one node, at `RINGRIFT_COORDINATOR_IP`. */
 async function fallbackInventory(source: ConfigText): Promise<Inventory> {
   const address = await getCoordinatorAddress();
   if (!address) throw missingInventory();
@@ -1079,12 +1080,12 @@ function groupPairs(
 /** Options that leave nodes out. */
 const FILTERS = ["role", "gpu", "status", "where", "exclude"] as const;
 
-/** Selects the nodes that a command is about, one at least. */
+/** Selects the nodes that a command works on; throws if there are none. */
 function select(call: Call): ClusterNode[] {
   const { inventory: { nodes, origin, isFallback }, flags, words } = call;
 
   const isNarrowed = words.length > 0 || FILTERS.some((name) => name in flags);
-  // The address that stands for an inventory is not the node that is asked for.
+  // The one fallback node is not what a NODE or a filter asks for.
   if (isFallback && isNarrowed) throw missingInventory();
 
   if (nodes.length === 0) {
@@ -1124,10 +1125,10 @@ function expansionHint(words: readonly string[]): string {
   const names = files.length > 3 ? [...files.slice(0, 3), "…"] : files;
   const exist = files.length === 1 ? "exists" : "exist";
   return `; ${names.join(", ")} ${exist} in this folder: ` +
-    "if the shell expanded a pattern, put it in quotes: '*'";
+    "if the shell expanded a pattern, quote it: '*'";
 }
 
-/** True if there is such a file or folder, and it may be looked at. */
+/** True if such a file or folder exists, and may be looked at. */
 function existsHere(path: string): boolean {
   if (path === "") return false;
   const { state } = Deno.permissions.querySync({ name: "read", path });
@@ -1141,7 +1142,7 @@ function existsHere(path: string): boolean {
   }
 }
 
-/** Says which filter left no node, and what there was to choose from. */
+/** Says which filter left no node, and which values there are. */
 function emptySelection({ flags, words, inventory }: Call): string {
   const { nodes, origin } = inventory;
   const head = `No node is selected in ${origin}`;
@@ -1164,16 +1165,16 @@ function emptySelection({ flags, words, inventory }: Call): string {
   return `${head}: none of ${count} is active; ${statuses}; --all adds them`;
 }
 
-/** A filter that is explained by itself. */
+/** One filter, as an error about an empty selection names it. */
 interface Filter {
   readonly option: Flags;
   /** The option as it was given: `--role a,b`. */
   readonly text: string;
-  /** The key of a node that it looks at. */
+  /** The key of a node that it tests. */
   readonly key?: string;
 }
 
-/** Lists the filters, `--where` key by key, in the order of their explaining. */
+/** Lists the filters, `--where` key by key, in the order they are tried. */
 function filtersOf(flags: Flags): Filter[] {
   const { role, gpu, status, where = [], exclude } = flags;
   const filters: Filter[] = [];
@@ -1203,7 +1204,7 @@ function filtersOf(flags: Flags): Filter[] {
 
 const MAX_CHOICES = 12;
 
-/** Returns `role is one of a, b`: what nodes have at a key. */
+/** Returns `role is one of a, b`: the values that nodes have at a key. */
 function choicesOf(key: string, nodes: readonly ClusterNode[]): string {
   const isField = key === "role" || key === "gpu" || key === "status";
   const values = nodes.flatMap((node) =>
@@ -1276,14 +1277,14 @@ const STATUS: Command = {
     ...COMMON,
   ],
   help: {
-    interval: "with --watch, between two checks of a node\n" +
+    interval: "with --watch: time between checks of a node\n" +
       `(default: ${typedDuration(DEFAULTS.watchIntervalMs)})`,
-    quiet: "print only problems; JSON and names are\n" +
-      "printed all the same",
+    quiet: "print only problems; does not affect\n" +
+      "--json and --names",
   },
   notes:
-    "Exit code 0: every selected node is up, or --min-up of them; 1: they are not;\n" +
-    "2: a node could not be checked. What is shown does not affect it.",
+    "Exit code 0: every selected node, or --min-up of them, is up; 1: too few are;\n" +
+    "2: too few are, and some could not be checked. --only does not change this.",
   examples: [
     "cluster-hosts status 'gpu-[1-8]' --role worker --watch",
     "cluster-hosts status --only problems --names",
@@ -1326,7 +1327,7 @@ async function runStatus(call: Call): Promise<number> {
   return exitCodeOf(probes, isEnough);
 }
 
-/** Checks the nodes; an interrupt leaves those that are known by then. */
+/** Checks the nodes; after an interrupt, returns those checked by then. */
 async function checkOnce(
   call: Call,
   nodes: readonly ClusterNode[],
@@ -1347,7 +1348,7 @@ async function checkOnce(
   return { probes: nodes.flatMap((node) => known.get(node) ?? []), interrupt };
 }
 
-/** Returns what `status` and `wait` contact and read. */
+/** Returns the endpoints and variables that `status` and `wait` need. */
 function checkNeeds(call: Call): Needs {
   const { check, port } = sweepOptions(call);
   const nodes = select(call);
@@ -1370,7 +1371,7 @@ function isProblem({ state }: NodeProbe): boolean {
   return state !== "up";
 }
 
-/** True if the probe is one of those that `--only` asks for. */
+/** True if `--only` includes the probe's state, or is not given. */
 function isShown({ only }: Flags, { state }: NodeProbe): boolean {
   return only === undefined || only.includes(state);
 }
@@ -1380,7 +1381,7 @@ function exitCodeOf(probes: readonly NodeProbe[], isEnough: boolean): number {
   return countStates(probes).unknown > 0 ? 2 : 1;
 }
 
-/** What one sweep found out, also if it was interrupted. */
+/** What one sweep found out, even if it was interrupted. */
 interface Sweep {
   readonly probes: readonly NodeProbe[];
   readonly total: number;
@@ -1413,7 +1414,7 @@ async function printSweep(call: Call, sweep: Sweep): Promise<void> {
   }
 }
 
-/** Draws the table, or nothing where it would have no row. */
+/** Draws the table, or nothing if it would have no rows. */
 function sweepTable(call: Call, shown: readonly NodeProbe[]): string {
   const { io, flags } = call;
   const asked = flags.quiet ? shown.filter(isProblem) : shown;
@@ -1440,7 +1441,7 @@ function sweepSummary(call: Call, sweep: Sweep): string[] {
 
   if (isFallback) {
     lines.push(
-      "RINGRIFT_COORDINATOR_IP stands for an inventory that is not there",
+      "there is no inventory, so this is RINGRIFT_COORDINATOR_IP alone",
     );
   }
   const shared = sharedNote(call, sweep.probes);
@@ -1448,7 +1449,7 @@ function sweepSummary(call: Call, sweep: Sweep): string[] {
   return lines;
 }
 
-/** Names the nodes that are up by an answer that may be another node's. */
+/** Names the nodes that are up, but whose answer may be another node's. */
 function sharedNote(
   call: Call,
   probes: readonly NodeProbe[],
@@ -1464,11 +1465,13 @@ function sharedNote(
   }
   if (names.length === 0) return undefined;
 
-  return `Up by a shared answer: ${foldNames(names)} ` +
-    "(validate says where; --ssh checks each node itself)";
+  return `Up, but at an address shared with another node: ${
+    foldNames(names)
+  } ` +
+    "(validate shows which; --ssh checks each node itself)";
 }
 
-/** Returns the probes state by state, each in the order of the inventory. */
+/** Sorts the probes by state; keeps their order within each state. */
 function problemsFirst(probes: readonly NodeProbe[]): NodeProbe[] {
   return STATES.flatMap((state) => probes.filter((it) => it.state === state));
 }
@@ -1501,7 +1504,7 @@ function countReasons(probes: readonly NodeProbe[]): string {
   return counts.join(", ");
 }
 
-/** Returns the same keys for every node: null is what is not known. */
+/** Returns the same keys for every node; what is not known is null. */
 function probeJson(probe: NodeProbe): Record<string, unknown> {
   const { node: { name, role, gpu }, state, port } = probe;
   return {
@@ -1531,13 +1534,13 @@ const STATE_COLOURS: Readonly<Record<NodeState, number>> = {
 const FAINT = 2;
 const RED = 31;
 
-/** The answer's keys that are shown unless `--show` names others. */
+/** The keys of an answer that are shown unless `--show` names others. */
 const SHOWN_KEYS = ["version", "game_count"];
 
-/** How much of a value is shown: one answer must not widen every row. */
+/** How many columns a value may take: one answer must not widen every row. */
 const VALUE_WIDTH = { terminal: 20, pipe: 80 };
 
-/** How much of a value is looked at; an answer may be long. */
+/** How many characters of a value are looked at: an answer may be long. */
 const VALUE_LENGTH = 100;
 
 function statusColumns(flags: Flags): Column[] {
@@ -1565,7 +1568,7 @@ function answerColumns({ show }: Flags): Column[] {
     title: key.toUpperCase(),
     least: 8,
     isAsked: true,
-    // The last key goes first.
+    // The last key is dropped first.
     drop: -index,
   }));
 }
@@ -1586,7 +1589,7 @@ function statusRow({ io, flags }: Call, probe: NodeProbe): Cell[] {
   ];
 }
 
-/** Shows the endpoint that answered, else faintly the first that was tried. */
+/** Shows the endpoint that answered, else the first that was tried, faintly. */
 function placeCell({ endpoint, endpoints, address }: NodeProbe): Cell {
   const place = endpoint ?? endpoints[0];
   if (!place) return "-";
@@ -1606,7 +1609,7 @@ function latencyOf({ connectMs, responseMs, failure }: NodeProbe): string {
   return `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
 }
 
-/** Returns what a node's answer says at a key, such as `queue.length`. */
+/** Returns the value at a key of a node's answer, such as `queue.length`. */
 function answerText(status: NodeProbe["status"], key: string): string {
   const value = valueAt(status, key.split("."));
   if (value === undefined || value === null || value === "") return "-";
@@ -1625,7 +1628,7 @@ function valueAt(document: unknown, path: readonly string[]): unknown {
   return value;
 }
 
-/** The nodes of one state that failed, or did not, for one reason. */
+/** The nodes that have the same state for the same reason. */
 interface Outcome {
   readonly cells: readonly Cell[];
   readonly names: string;
@@ -1637,7 +1640,7 @@ const OUTCOME_COLUMNS: readonly Column[] = [
   { title: "REASON", least: 14 },
 ];
 
-/** The least that the columns before NAMES need, with the gaps. */
+/** The width that the columns before NAMES need at least, with the gaps. */
 const WIDTH_BEFORE_NAMES = 36;
 
 /**
@@ -1686,14 +1689,14 @@ function tableWithNamesBelow(io: Io, outcomes: readonly Outcome[]): string {
 
 // --- status --watch ---
 
-/** One node that is in another state than before, or no longer watched. */
+/** A node whose state has changed, or that is no longer watched. */
 interface Change {
   readonly probe: NodeProbe;
   readonly previous: NodeState | undefined;
   readonly state: NodeState | "removed" | "inactive";
 }
 
-/** The last answer of a node, and since when it has been in that state. */
+/** The latest probe of a node, and when the node entered its state. */
 interface Seen {
   readonly probe: NodeProbe;
   readonly sinceMs: number;
@@ -1702,10 +1705,10 @@ interface Seen {
 const REDRAW_MS = 200;
 
 /**
- * Checks again and again, and follows the inventory as it is edited.
+ * Checks the nodes until a signal comes, and follows edits of the inventory.
  *
- * A terminal shows one table that is redrawn in place; a pipe gets the changes
- * alone.
+ * A terminal shows one table that is redrawn in place; a pipe gets only the
+ * changes.
  */
 class Watch {
   readonly #call: Call;
@@ -1714,11 +1717,11 @@ class Watch {
   readonly #seen = new Map<string, Seen>();
   #nodes: readonly ClusterNode[];
   #inventory: Inventory;
-  /** What is wrong with the edited inventory; the last valid one is in use. */
+  /** What is wrong with the edited inventory; the last valid one is used. */
   #trouble: string | undefined;
   /**
-   * True once a check was not denied. No change is printed before, so that a
-   * missing flag is one error, not one line per node.
+   * True once a check has been permitted. Until then, no change is printed, so
+   * that a missing flag is one error, not one line per node.
    */
   #isPermitted = false;
   #changes: Change[] = [];
@@ -1732,7 +1735,7 @@ class Watch {
     this.#isLive = io.isTerminal && io.hasCursor && !flags.json && !flags.quiet;
   }
 
-  /** Watches until a signal ends it, and throws that signal's reason. */
+  /** Watches until the signal aborts, then throws its reason. */
   async run(): Promise<never> {
     const { io, signal } = this.#call;
     const failed = new AbortController();
@@ -1741,15 +1744,15 @@ class Watch {
     try {
       await Promise.all([this.#watch(over), this.#redraw(over)]);
     } finally {
-      // Where one of the two throws, the other has to end, too.
+      // If one of the two throws, the other has to end, too.
       failed.abort();
-      // Below the ^C that the terminal writes.
+      // Ends the line on which the terminal echoes ^C.
       if (this.#isLive) await io.out("\n");
     }
     throw signal.reason;
   }
 
-  /** Checks the nodes of one inventory after the other. */
+  /** Checks the nodes, and starts again whenever the inventory is edited. */
   async #watch(signal: AbortSignal): Promise<void> {
     while (!signal.aborted) {
       // An edit ends the round, and with it the checks of the old nodes.
@@ -1772,7 +1775,7 @@ class Watch {
     }
   }
 
-  /** Waits for another inventory that is valid. */
+  /** Waits until the inventory has changed and is valid. */
   async #nextInventory(signal: AbortSignal): Promise<Inventory | undefined> {
     while (await pause(this.#intervalMs, signal)) {
       const next = await this.#readAgain(signal);
@@ -1780,10 +1783,10 @@ class Watch {
     }
   }
 
-  /** Reads the inventory; `undefined` if it is the same, or not valid. */
+  /** Reads the inventory again; `undefined` if it is unchanged or invalid. */
   async #readAgain(signal: AbortSignal): Promise<Inventory | undefined> {
     const { text, exists, origin } = this.#inventory;
-    // stdin was read to its end.
+    // stdin can be read only once.
     if (this.#call.flags.config === "-") return undefined;
 
     try {
@@ -1797,7 +1800,7 @@ class Watch {
       const next = await parseInventory(source);
       if (next.nodes.length > 0) return next;
 
-      const fault = source.exists ? "has no hosts" : "is not there";
+      const fault = source.exists ? "has no hosts" : "does not exist";
       await this.#reportTrouble(`${origin} ${fault}`);
     } catch (error) {
       if (!signal.aborted) await this.#reportTrouble(messageOf(error));
@@ -1811,12 +1814,12 @@ class Watch {
     this.#trouble = trouble;
 
     if (isNew && !this.#isLive) {
-      const kept = "the last sound inventory stays in force";
+      const kept = "the last valid inventory stays in use";
       await warn(this.#call.io, `${trouble}; ${kept}`);
     }
   }
 
-  /** Goes on with the nodes of an edited inventory. */
+  /** Continues with the nodes of an edited inventory. */
   async #follow(inventory: Inventory): Promise<void> {
     const before = this.#nodes;
     this.#inventory = inventory;
@@ -1835,13 +1838,13 @@ class Watch {
     } catch (error) {
       if (!(error instanceof RangeError)) throw error;
 
-      // A pattern matches nothing any more: those that are left stay.
+      // A pattern no longer matches: keep the watched nodes that still exist.
       const watched = new Set(this.#nodes.map(nameOf));
       return nodes.filter(({ name }) => watched.has(name));
     }
   }
 
-  /** Ends what is known of a node that is no longer watched. */
+  /** Forgets a node that is no longer watched, and records that change. */
   #forget(name: string): void {
     const seen = this.#seen.get(name);
     if (!seen) return;
@@ -1857,7 +1860,7 @@ class Watch {
     });
   }
 
-  /** Notes an answer, and prints it if the node's state is another one. */
+  /** Records a probe, and prints it if the node's state has changed. */
   async #note(probe: NodeProbe): Promise<void> {
     const { node: { name }, state } = probe;
     const seen = this.#seen.get(name);
@@ -1874,7 +1877,7 @@ class Watch {
     await this.#printChanges();
   }
 
-  /** Throws when every node is known, and none may be checked. */
+  /** Throws once every node is known, if none of them may be checked. */
   #requirePermission(): void {
     if (this.#seen.size < this.#nodes.length) return;
 
@@ -1934,14 +1937,14 @@ class Watch {
 
   #frame(): string {
     const { rows, columns } = this.#call.io.size();
-    // A full last column makes `\x1b[K` erase its character.
+    // After a full line, `\x1b[K` would erase the last character.
     const width = columns - 1;
     const probes = this.#nodes.flatMap(({ name }) =>
       this.#seen.get(name)?.probe ?? []
     );
 
     const head = this.#head(probes, width);
-    // Less the titles of the table, and the line in which the cursor stands.
+    // Minus the table's titles, and the line that the cursor ends up on.
     const room = Math.max(1, rows - head.length - 2);
     const body = this.#body(probes, { width, room });
     return drawInPlace([...head, ...body].join("\n"));
@@ -1968,10 +1971,10 @@ class Watch {
   #sourceText(): string {
     const { origin, isFallback } = this.#inventory;
     if (isFallback) return "RINGRIFT_COORDINATOR_IP";
-    return this.#trouble ? `the last sound ${origin}` : origin;
+    return this.#trouble ? `the last valid ${origin}` : origin;
   }
 
-  /** Returns the table, problems first, and what there is no room for. */
+  /** Returns the table, problems first, and a count of what does not fit. */
   #body(
     probes: readonly NodeProbe[],
     { width, room }: { readonly width: number; readonly room: number },
@@ -2004,7 +2007,7 @@ class Watch {
   }
 }
 
-/** Waits, and returns whether the signal let it. */
+/** Waits; returns false if the signal cuts it short. */
 async function pause(ms: number, signal: AbortSignal): Promise<boolean> {
   try {
     await delay(ms, { signal });
@@ -2021,7 +2024,7 @@ function listStates(probes: readonly NodeProbe[]): string {
   return present.map(([state, count]) => `${count} ${state}`).join(", ");
 }
 
-/** Draws over the last picture line by line: clearing it first flickers. */
+/** Draws over the last frame line by line: clearing it first would flicker. */
 function drawInPlace(text: string): string {
   const start = "\x1b[?7l\x1b[H";
   const end = "\x1b[K\n\x1b[J\x1b[?7h";
@@ -2105,7 +2108,7 @@ function nodeRow(node: ClusterNode): Cell[] {
     node.addresses.join(", ") || "-",
     node.dataServerUrl ?? String(node.dataServerPort),
     `${node.sshUser}:${node.sshPort}`,
-    // A note may have lines, a row has one.
+    // A note may have several lines, but a row has one.
     node.note?.replace(/\s+/g, " ") ?? "",
   ];
 }
@@ -2115,7 +2118,7 @@ const FIELD_KEYS = new Set<string>(
   Object.values(HOST_FIELDS).map(({ key }) => key),
 );
 
-/** Returns every field, null if it is unset, then the user's own keys. */
+/** Returns every field, null if it is unset, then the custom keys. */
 function nodeJson(node: ClusterNode): Record<string, unknown> {
   const { entry, ...fields } = node;
   const { bestIp = null, addresses, dataServerBaseUrl = null, isActive } = node;
@@ -2128,9 +2131,9 @@ function nodeJson(node: ClusterNode): Record<string, unknown> {
   };
   for (const field of FIELD_NAMES) known[field] ??= null;
 
-  const own = Object.entries(entry).filter(([key]) =>
-    !FIELD_KEYS.has(key) && !Object.hasOwn(known, key)
-  );
+  const own = Object.keys(entry)
+    .filter((key) => !FIELD_KEYS.has(key) && !Object.hasOwn(known, key))
+    .map((key) => [key, entry[key]]);
   return { ...known, ...Object.fromEntries(own) };
 }
 
@@ -2141,9 +2144,9 @@ const COORDINATOR: Command = {
   summary: "print HOST:PORT of the Elo database",
   usage: "[options]",
   options: ["config", ...COMMON],
-  help: { quiet: "no effect here" },
+  help: { quiet: "has no effect here" },
   notes:
-    "The node that elo_sync.coordinator names, else $RINGRIFT_COORDINATOR_IP.\n" +
+    "Uses the node that elo_sync.coordinator names, else $RINGRIFT_COORDINATOR_IP.\n" +
     "Exit code 0: printed; 2: there is none.",
   examples: [
     "cluster-hosts coordinator",
@@ -2175,22 +2178,21 @@ async function coordinatorNeeds({ inventory }: Call): Promise<Needs> {
 }
 
 /**
- * Returns the variable's name, with the missing `--allow-env` flag if there is
- * one.
+ * Returns the variable's name, with the `--allow-env` flag if that is missing.
  */
 function hintVariable(variable: string): string {
   const { state } = Deno.permissions.querySync({ name: "env", variable });
   if (state === "granted") return variable;
-  return `${variable} (--allow-env=${variable} lets it be read)`;
+  return `${variable} (needs --allow-env=${variable})`;
 }
 
-/** Says what is wrong with the coordinator, and how to mend it. */
+/** Says why the coordinator has no address, and how to fix that. */
 async function missingCoordinator(
   { config, nodes, origin }: Inventory,
 ): Promise<string> {
   const { coordinator } = await getEloSyncConfig(config);
   const configured = config.elo_sync?.coordinator;
-  // A blank one counts as unset: the library's default then stands for it.
+  // A blank one counts as unset: the library then uses its default.
   const isSet = configured !== undefined &&
     String(configured).trim() === coordinator;
   const isThere = nodes.some(({ name }) => name === coordinator);
@@ -2212,7 +2214,7 @@ async function missingCoordinator(
 
 const URLS: Command = {
   name: "urls",
-  summary: "print the URLs to pull data from, one a line",
+  summary: "print the URLs to pull data from, one per line",
   usage: "elo|data|models [NODE...] [options]",
   kinds: ["elo", "data", "models"],
   kindsReplacedBy: ["port", "path"],
@@ -2225,13 +2227,13 @@ const URLS: Command = {
     ...COMMON,
   ],
   help: {
-    path: "of the URLs (default: elo /db, models /models)",
-    port: `another port (default: elo sync_port, models ${MODEL_SYNC_PORT})`,
+    path: "path of the URLs (default: elo /db, models /models)",
+    port: `use this port (default: elo sync_port, models ${MODEL_SYNC_PORT})`,
     quiet: "print no summary, unless some did not answer",
   },
   notes:
-    "With --port or --path, the kind may be left out. What is checked is the status\n" +
-    "path, on the same port. Exit code 0: there is a URL; 1: there is none.",
+    "With --port or --path, the kind may be left out. Nodes are checked at their\n" +
+    "status path, on the same port. Exit code 0: there is a URL; 1: there is none.",
   examples: [
     "cluster-hosts urls elo | aria2c -i -",
     "cluster-hosts urls --port 9000 --path /games 'gpu-*'",
@@ -2255,7 +2257,7 @@ const URLS: Command = {
 
 async function runUrls(call: Call): Promise<number> {
   const { flags, io } = call;
-  // Says what is wrong with a selection before anything is checked or printed.
+  // Throws on a bad selection before anything is checked or printed.
   const nodes = select(call);
   const { urls, probes } = await findUrls(call);
 
@@ -2276,7 +2278,7 @@ async function runUrls(call: Call): Promise<number> {
   return urls.length > 0 ? 0 : 1;
 }
 
-/** Finds the URLs, and the probes of the nodes that were checked for them. */
+/** Finds the URLs, and the probes that were made to find them. */
 async function findUrls(
   call: Call,
 ): Promise<{ urls: string[]; probes: NodeProbe[] }> {
@@ -2312,7 +2314,7 @@ async function findUrls(
   return { urls: await getSyncUrls({ ...options, port, path }), probes };
 }
 
-/** Returns the port of the URLs; `undefined` is that of each data server. */
+/** Returns the port of the URLs; `undefined` is each data server's own. */
 async function urlPort(
   { kind, flags, inventory }: Call,
 ): Promise<number | undefined> {
@@ -2337,11 +2339,11 @@ function uncheckedSummary(
   const summary = `${plural(urls.length, "URL")}, not checked`;
   const isSelf = kind === "data" && !flags["include-self"] && urls.length === 0;
   return isSelf
-    ? `${summary}, all left out as this host (--include-self)`
+    ? `${summary}, all skipped as this host (--include-self)`
     : summary;
 }
 
-/** Says how many nodes answered, and which line shows the others. */
+/** Says how many nodes answered, and which command shows the others. */
 async function answeredSummary(
   call: Call,
   { nodes, probes }: {
@@ -2351,7 +2353,7 @@ async function answeredSummary(
 ): Promise<string> {
   const failed = probes.filter(isProblem);
   const answered = probes.length - failed.length;
-  // The others were all checked, whatever came of it.
+  // Every node but this host has been checked.
   const ownCount = nodes.length - probes.length;
   let summary = `${answered} of ${probes.length} nodes answered`;
 
@@ -2360,18 +2362,18 @@ async function answeredSummary(
     summary += ` (${countReasons(failed)}; ${line} shows which)`;
   }
   if (ownCount > 0) {
-    summary += `, ${ownCount} left out as this host (--include-self)`;
+    summary += `, ${ownCount} skipped as this host (--include-self)`;
   }
   return summary;
 }
 
-/** Writes the line that checks what `urls` checked. */
+/** Returns the command line that repeats the checks of `urls`. */
 async function statusLine(call: Call): Promise<string> {
   const { flags, words, inventory } = call;
   const line = ["cluster-hosts", "status", ...words];
 
   if (flags.config !== undefined) {
-    // Not as it was given: a URL may hold a password.
+    // Not as it was given: a URL may contain a password.
     line.push("-c", flags.config === "-" ? "-" : inventory.origin);
   }
   for (const name of FILTERS) {
@@ -2396,7 +2398,7 @@ async function urlsNeeds(call: Call): Promise<Needs> {
   const isForSelfToo = kind !== "data" || flags["include-self"];
   if (isForSelfToo) return { net: endpoints.flat() };
 
-  // The library leaves out this host, and names the others by their URLs alone.
+  // The library leaves out this host, and returns only the URLs of the others.
   const others = await getDataSyncUrls({
     source: inventory.config,
     selection: selectionOf(call),
@@ -2416,7 +2418,7 @@ async function urlsNeeds(call: Call): Promise<Needs> {
 
 const WAIT: Command = {
   name: "wait",
-  summary: "return when the nodes are up, or time runs out",
+  summary: "wait until the nodes are up, or time runs out",
   usage: "[NODE...] [options]",
   options: [
     ...SELECTION,
@@ -2432,14 +2434,14 @@ const WAIT: Command = {
   help: {
     timeout: "how long to wait in all " +
       `(default: ${typedDuration(DEFAULTS.waitDeadlineMs)})`,
-    interval: "between two checks of a node " +
+    interval: "time between checks of a node " +
       `(default: ${typedDuration(DEFAULTS.waitIntervalMs)})`,
     quiet: "print only what is still missing",
   },
   notes:
     "Exit code 0: every selected node is up, or --min-up of them (--down: none is);\n" +
-    "1: time ran out, or a node has no address; 2: a node could not be checked,\n" +
-    "immediately if net permission is missing for too many nodes.",
+    "1: time ran out, or too many nodes have no address; 2: some could not be\n" +
+    "checked (immediately, if net permission is missing for too many nodes).",
   examples: [
     "cluster-hosts wait --timeout 10m",
     "cluster-hosts wait 'gpu-*' --min-up 75% --ssh",
@@ -2451,12 +2453,12 @@ const WAIT: Command = {
   needs: checkNeeds,
 };
 
-/** How far a wait came. */
+/** The progress of a wait. */
 interface Waited {
   readonly nodes: readonly ClusterNode[];
-  /** How many of the nodes it waits for. */
+  /** How many of the nodes have to reach the wanted state. */
   readonly needed: number;
-  /** The last answer of each node that gave one. */
+  /** The last result of each node that has one. */
   readonly last: ReadonlyMap<ClusterNode, NodeProbe>;
   readonly startedMs: number;
 }
@@ -2477,7 +2479,7 @@ async function runWait(call: Call): Promise<number> {
     const announce = announcer(call, { line, startedMs });
     const probes = await waitForNodes(nodes, {
       ...sweepOptions(call),
-      // --timeout is for all of it.
+      // --timeout limits the whole wait, not each check.
       timeoutMs: undefined,
       deadlineMs: flags.timeout,
       intervalMs: flags.interval,
@@ -2505,7 +2507,7 @@ async function runWait(call: Call): Promise<number> {
   return exitCodeOf(probes, isEnough);
 }
 
-/** Makes the function that names each node once, when it is as wanted. */
+/** Makes a function that names nodes as they first reach the wanted state. */
 function announcer(
   { io, flags }: Call,
   { line, startedMs }: { line: { hide(): void }; startedMs: number },
@@ -2568,7 +2570,7 @@ function waitedJson(call: Call, { nodes, last, startedMs }: Waited): string {
   return jsonDocument(call, { head, key: "missing", items });
 }
 
-/** True if the node is as it is waited for. */
+/** True if the node is in the wanted state. */
 function isReached({ down }: Flags, probe: NodeProbe | undefined): boolean {
   const state = probe?.state;
   if (down) return state === "down" || state === "unhealthy";
@@ -2579,7 +2581,7 @@ function countReached({ flags }: Call, { nodes, last }: Waited): number {
   return nodes.filter((node) => isReached(flags, last.get(node))).length;
 }
 
-/** True if too many nodes have no address for the others to be enough. */
+/** True if the nodes that have an address are too few to succeed. */
 function cannotSucceed({ flags }: Call, waited: Waited): boolean {
   const { nodes, needed } = waited;
   return !flags.down &&
@@ -2646,9 +2648,9 @@ const SSH: Command = {
   },
   notes:
     "Needs a NODE, or --role, --gpu, --status or --where; '*' is every active node.\n" +
-    "Without a command: a login on one NODE. Ctrl-C and --timeout end ssh; a command\n" +
-    "that has started may keep running on its node. Exit code 0: the command returned\n" +
-    "0 on every node; 1: it did not.",
+    "Without a command, it logs in to one NODE, and returns the exit code of ssh.\n" +
+    "Ctrl-C and --timeout end the local ssh; the remote command may keep running.\n" +
+    "Exit code 0: the command returned 0 on every node; 1: it did not.",
   examples: [
     "cluster-hosts ssh 'gpu-*' --gather -- nvidia-smi -L",
     "cluster-hosts ssh gpu-1 --stdin -- bash < setup.sh",
@@ -2696,7 +2698,7 @@ function sshOptions({ flags }: Call): SshOptions {
   };
 }
 
-/** Refuses a line without a NODE: an empty $(...) must not mean every node. */
+/** Requires a NODE or a filter: an empty $(...) must not mean every node. */
 function targetProblem({ words, flags }: Invocation): string | undefined {
   const { role, gpu, status, where } = flags;
   const isSelecting = role || gpu || status || where;
@@ -2731,7 +2733,7 @@ const COMMAND_OPTIONS = [
 ] as const satisfies OptionName[];
 
 function loginProblem({ words, flags }: Invocation): string | undefined {
-  // Whoever forgets "--" gives the command as a NODE.
+  // Without "--", the words of the command are read as NODEs.
   if (words.length > 1) return manyLogins(words.length);
 
   const misplaced = COMMAND_OPTIONS.find((name) => name in flags);
@@ -2765,7 +2767,7 @@ function isBareShell(command: string): boolean {
   return hasLetter("s") || !hasOperand;
 }
 
-/** Returns the command for one node, with `--cd` in its `ringrift_path`. */
+/** Returns the command for one node; `--cd` runs it in `ringrift_path`. */
 function commandFor(
   { flags, remote = [] }: Call,
   node: ClusterNode,
@@ -2774,8 +2776,8 @@ function commandFor(
 }
 
 /**
- * Puts a command into the node's `ringrift_path`, whose tilde is left to the
- * remote shell.
+ * Makes a command run in the node's `ringrift_path`. A tilde in that path is
+ * left to the remote shell.
  */
 function inFolder(
   { ringriftPath }: ClusterNode,
@@ -2802,7 +2804,7 @@ async function login(
   const [node] = nodes;
   if (!node || nodes.length > 1) throw new Error(manyLogins(nodes.length));
 
-  // ssh takes the first value that it is given: the user's own come first.
+  // ssh uses the first value of an option, so the user's options come first.
   const own = flags["ssh-option"] ?? [];
   const options = { ...sshOptions(call), options: [...own, "BatchMode=no"] };
   const endpoint = await findSshEndpoint(node, { ...options, signal });
@@ -2827,7 +2829,7 @@ async function login(
   return code;
 }
 
-/** Prints commands that do what a run does, one a line, for a shell. */
+/** Prints shell commands that do the same as a run, one per line. */
 async function printCommands(
   call: Call,
   nodes: readonly ClusterNode[],
@@ -2862,16 +2864,16 @@ async function printableCommand(
 
   const command = commandFor(call, node);
   const [ssh, ...args] = sshCommand(node, command, { ...options, endpoint });
-  // Without -n, the first ssh would read the commands of the others.
+  // Without -n, the first ssh would read the other lines from its stdin.
   const argv = flags.stdin ? [ssh, ...args] : [ssh, "-n", ...args];
   return `${argv.map(pasteable).join(" ")}\n`;
 }
 
 function leftOut(nodes: readonly ClusterNode[]): string {
-  return `${foldNodes(nodes)}: left out, without an address`;
+  return `${foldNodes(nodes)}: left out (no address)`;
 }
 
-/** Quotes a word for bash, on one line, and so that a terminal shows it. */
+/** Quotes a word for bash, on one line and without control characters. */
 function pasteable(word: string): string {
   const isPlain = escapeText(word) === word && !/[\t\n]/.test(word);
   if (isPlain) return shellQuote(word);
@@ -2879,7 +2881,7 @@ function pasteable(word: string): string {
   return `$'${Array.from(word, ansiCharacter).join("")}'`;
 }
 
-/** Writes a character as it stands between $' and '. */
+/** Escapes a character for use between $' and '. */
 function ansiCharacter(character: string): string {
   if (character === "\n") return "\\n";
   if (character === "\t") return "\\t";
@@ -2925,7 +2927,7 @@ async function runCommand(
   const interrupt = await untilInterrupted(work);
   const results = nodes.flatMap((node) => known.get(node) ?? []);
 
-  // The results stand below the ^C that the terminal shows.
+  // Starts the results below the ^C that the terminal echoes.
   if (interrupt && io.isErrTerminal) await io.err("\n");
   if (flags.json) await io.out(resultsJson(call, results));
   if (flags.gather) await printGathered(call, results, { banners });
@@ -2953,7 +2955,7 @@ interface OutputView {
     stream: OutputStream,
     text: string,
   ): Promise<void> | void;
-  /** Shows what is left of a node that has ended. */
+  /** Shows the rest of a node's output once its command has ended. */
   end(node: ClusterNode): Promise<void> | void;
 }
 
@@ -2973,17 +2975,17 @@ const MAX_LINE_LENGTH = 1024 * 1024;
 
 /** What a stream of a node has written since its last newline. */
 interface OpenLine {
-  /** The part that is not printed so far. */
+  /** The part that has not been printed yet. */
   rest: string;
-  /** True if a part is printed already: the next one goes on from there. */
+  /** True if a part has been printed: the next part continues that line. */
   isBegun: boolean;
 }
 
 /**
  * Prints each line as soon as it is complete, under the name of its node.
  *
- * A line too long to keep is printed in parts. Until it ends, the output of
- * the other nodes waits, so that they do not tear it, and no memory grows.
+ * A line too long to buffer is printed in parts. Until it ends, the other nodes
+ * have to wait, so that no line is torn, and memory does not grow.
  */
 class LinePrinter implements OutputView {
   readonly #io: Io;
@@ -2997,7 +2999,7 @@ class LinePrinter implements OutputView {
     this.#beforeOutput = beforeOutput;
   }
 
-  /** True if the last line on the screen is not complete. */
+  /** True if the last line on the screen is incomplete. */
   get isMidLine(): boolean {
     return this.#midLine !== undefined;
   }
@@ -3078,13 +3080,13 @@ class LinePrinter implements OutputView {
 }
 
 /**
- * Takes the complete lines, and what follows them if it is too long to keep.
+ * Takes the complete lines, and the unfinished one if it is too long to buffer.
  */
 function takePrintable(line: OpenLine): string {
   let end = line.rest.lastIndexOf("\n") + 1;
 
   if (line.rest.length - end > MAX_LINE_LENGTH) {
-    // A carriage return may be the first half of a line's end.
+    // A carriage return may be the first half of a line ending.
     const isHalf = line.rest.endsWith("\r");
     end = isHalf ? line.rest.length - 1 : line.rest.length;
   }
@@ -3098,12 +3100,12 @@ function takePrintable(line: OpenLine): string {
 const BANNER_DELAY_MS = 1000;
 
 /**
- * Prints what comes on stderr while outputs are collected: it may ask a person
- * to act, as the login URL of Tailscale does.
+ * Prints stderr while outputs are collected: it may ask a person to act, as the
+ * login URL of Tailscale does.
  *
- * If a node ends within `BANNER_DELAY_MS` of its first stderr text, that text
- * is only in the collected output: forty nodes that refuse at once are still
- * one line.
+ * If a node ends within `BANNER_DELAY_MS` of its first text on stderr, that
+ * text appears only in the collected output: forty nodes that refuse at once
+ * still make one line.
  */
 class BannerPrinter implements OutputView, Disposable {
   readonly #printer: LinePrinter;
@@ -3114,7 +3116,7 @@ class BannerPrinter implements OutputView, Disposable {
     this.#printer = printer;
   }
 
-  /** True if the stderr of a node was on the screen already. */
+  /** True if some stderr of a node has already been printed. */
   hasShown(node: ClusterNode): boolean {
     return this.#shown.has(node);
   }
@@ -3147,7 +3149,7 @@ class BannerPrinter implements OutputView, Disposable {
     const known = this.#waiting.get(node);
     if (known) return known;
 
-    // If stderr is closed, the next write says so.
+    // If stderr is closed, the next write reports it.
     const show = () => this.#show(node).catch(() => {});
     const banner = { text: "", timer: setTimeout(show, BANNER_DELAY_MS) };
     this.#waiting.set(node, banner);
@@ -3211,7 +3213,7 @@ function withNewline(text: string): string {
   return text === "" || text.endsWith("\n") ? text : `${text}\n`;
 }
 
-/** The most reasons that a summary spells out. */
+/** How many reasons a summary spells out at most. */
 const MAX_REASONS = 10;
 
 async function printCommandSummary(
@@ -3235,7 +3237,7 @@ async function printCommandSummary(
   if (lines.length > 0) await warn(io, lines.join("\n"));
 }
 
-/** Folds failures by their reason or, if those are too many, by their code. */
+/** Folds failures by reason or, if there are too many reasons, by code. */
 function failureLines(failed: readonly CommandResult[]): string[] {
   const byReason = foldEqual(failed, ({ failure }, mask) => {
     return mask(reasonOf(failure));
@@ -3257,8 +3259,8 @@ function failureLines(failed: readonly CommandResult[]): string[] {
 type Mask = (text: string) => string;
 
 /**
- * Groups results by a key: those whose keys are equal, and those whose keys
- * differ only in the node's own name and address, which a mask takes out.
+ * Groups results whose keys are equal, or differ only in the node's own name
+ * and address, which a mask replaces.
  */
 function foldEqual(
   results: readonly CommandResult[],
@@ -3278,11 +3280,11 @@ function foldEqual(
 }
 
 /**
- * Makes a mask for what ssh calls a node: its name or an address of it, as in
- * `[10.0.0.1]:2201`, `root@10.0.0.1` and `10.0.0.1 port 22`.
+ * Makes a mask for the forms in which ssh prints a node's name or address, such
+ * as `[10.0.0.1]:2201`, `root@10.0.0.1` and `10.0.0.1 port 22`.
  */
 function maskOf(node: ClusterNode): Mask {
-  // A name may begin with another one.
+  // Longest first: one name may begin with another.
   const names = [node.name, ...node.addresses]
     .toSorted((a, b) => b.length - a.length)
     .map(RegExp.escape)
@@ -3304,7 +3306,7 @@ const VALIDATE: Command = {
   usage: "[options]",
   options: ["config", "strict", ...COMMON],
   help: { quiet: "print problems and warnings only" },
-  notes: "Exit code 0: no problem (--strict: and no warning); 2: there is one.",
+  notes: "Exit code 0: no problems (--strict: and no warnings); 2: otherwise.",
   examples: [
     "cluster-hosts validate",
     "cluster-hosts validate --strict --config new_hosts.yaml",
@@ -3359,7 +3361,7 @@ interface Inspection {
 }
 
 /**
- * Inspects the inventory. That it cannot be read is a problem like any other.
+ * Inspects the inventory. If it cannot be read, that is a problem, too.
  */
 async function inspectInventory(request: Invocation): Promise<Inspection> {
   try {
@@ -3428,12 +3430,12 @@ const EXPORT: Command = {
   },
 };
 
-/** Matches names that ssh, scp or a pattern of Ansible would misread. */
+/** Matches names that ssh, scp or an Ansible pattern would misread. */
 const MISREAD = /^[-~]|[\s*?!#,'"`$\\;&<>|(){}[\]@:]/;
 
 /**
- * Refuses names that another tool would read differently, in every format: a
- * node is called the same in all of them.
+ * Refuses names that another tool would misread, whatever the format, so that a
+ * node has the same name in all of them.
  */
 function requireExportableNames(nodes: readonly ClusterNode[]): void {
   const isMisread = (name: string) =>
@@ -3487,7 +3489,7 @@ interface GroupLabel {
 /**
  * Groups the nodes by role, status and GPU, under names that Ansible accepts.
  *
- * @throws {Error} if two values give one group, or a node has the name of one
+ * @throws {Error} if two values share a group name, or a node is named like one
  */
 function ansibleGroups(
   nodes: readonly ClusterNode[],
@@ -3528,7 +3530,7 @@ function ansibleVariables(node: ClusterNode): Record<string, unknown> {
   const variables: Record<string, unknown> = {};
 
   if (endpoint) variables.ansible_host = endpoint.host;
-  // Ansible puts these before its ssh arguments, and the first value wins.
+  // Ansible passes these to ssh before ssh_options, and the first value wins.
   if (!setsOption(node, "User")) variables.ansible_user = node.sshUser;
   if (endpoint && !setsOption(node, "Port")) {
     variables.ansible_port = endpoint.port;
@@ -3547,7 +3549,7 @@ function ansibleVariables(node: ClusterNode): Record<string, unknown> {
 }
 
 /**
- * Marks each text that Ansible would run as a template, so that it stays text.
+ * Marks strings that Ansible would run as templates, so that they stay strings.
  */
 function inert(value: unknown): unknown {
   if (typeof value === "string") {
@@ -3592,7 +3594,7 @@ function sshConfigHost(node: ClusterNode): string {
   const [endpoint] = sshEndpoints(node);
   if (!endpoint) return `# ${node.name}: no address\n`;
 
-  // ssh expands %h and the like in a HostName, and a zone begins with "%".
+  // ssh expands %h and the like in a HostName; an IPv6 zone begins with "%".
   const settings: [key: string, value: string][] = [
     ["HostName", endpoint.host.replaceAll("%", "%%")],
     ["User", node.sshUser],
@@ -3613,8 +3615,8 @@ function sshConfigHost(node: ClusterNode): string {
 }
 
 /**
- * Quotes a word of ssh_config(5), where a "=" would separate. No name and no
- * field that is exported holds a quotation mark.
+ * Quotes a word for ssh_config(5), where "=" is a separator. No exported name
+ * or field contains a quotation mark.
  */
 function configQuote(word: string): string {
   return /^[\w.:@%~/+-]+$/.test(word) ? word : `"${word}"`;
@@ -3624,11 +3626,11 @@ function configQuote(word: string): string {
 
 const PERMISSIONS: Command = {
   name: "permissions",
-  summary: "print the minimal Deno flags with which a command runs",
+  summary: "print the minimal Deno flags that a command needs",
   usage: "COMMAND [its arguments]",
   options: ["config", "help"],
   notes:
-    "Prints one line for `deno run $(...) URL COMMAND`, for this inventory.\n" +
+    "Prints one line for this inventory; use it as `deno run $(...) URL COMMAND`.\n" +
     "Takes the options of COMMAND; display options have no effect.",
   examples: [
     "cluster-hosts permissions status",
@@ -3686,7 +3688,7 @@ interface ReadingNeeds {
   readonly env: readonly string[];
 }
 
-/** Lists what reading the inventory takes. */
+/** Lists the permissions that reading the inventory needs. */
 async function readingNeeds(
   { flags, inventory }: Call,
   command: Command,
@@ -3699,7 +3701,7 @@ async function readingNeeds(
 
   if (flags.config === undefined) env.push("RINGRIFT_HOSTS_CONFIG");
 
-  // The inventory was read: an origin that is not a path is a valid URL.
+  // The inventory has been read, so an origin that is no path is a valid URL.
   if ("problem" in file) {
     net.push(urlEndpoint(origin));
   } else if (flags.config !== "-") {
@@ -3707,7 +3709,7 @@ async function readingNeeds(
   }
 
   // The unified config may override every node's data port. `validate` never
-  // looks up nodes, so it does not read it.
+  // looks up nodes, so it does not read that config.
   const hasNodes = command.inventory !== "own";
   if (hasNodes && await readsUnifiedConfig(config)) {
     const path = readVariable("RINGRIFT_CONFIG_PATH");
@@ -3747,23 +3749,23 @@ const COMMANDS: readonly Command[] = [
 
 // --- Tables and text width ---
 
-/** The text of a cell, with a colour of SGR if it has one. */
+/** The text of a cell, with an SGR colour code if it has a colour. */
 type Cell = string | { readonly text: string; readonly colour: number };
 
-/** A column of a table, and what becomes of it on a narrow terminal. */
+/** A column of a table, and how it adapts to a narrow terminal. */
 interface Column {
   readonly title: string;
   readonly align?: "right";
-  /** Its turn to be dropped, lowest first. Without one, it is never dropped. */
+  /** Its turn to be dropped for lack of room, lowest first. Default: never. */
   readonly drop?: number;
   /**
    * True if `--show` asked for it: kept, though cut short, until all other
    * optional columns are gone.
    */
   readonly isAsked?: boolean;
-  /** The width that it can be cut to. Without one, it is never cut. */
+  /** The width that it can be cut to. Default: it is never cut. */
   readonly least?: number;
-  /** True if a terminal does without it where no row fills it. */
+  /** True if a terminal omits it when all its cells are empty. */
   readonly dropsIfEmpty?: boolean;
 }
 
@@ -3777,7 +3779,7 @@ interface DrawnCell {
 /** A column as it is drawn. */
 interface DrawnColumn {
   readonly column: Column;
-  /** True if no row says anything in it. */
+  /** True if all its cells are empty or "-". */
   readonly isEmpty: boolean;
   /** The width that it is drawn at; 0 if it is dropped. */
   width: number;
@@ -3788,13 +3790,13 @@ const BOLD = 1;
 
 interface TableOptions {
   readonly io: Io;
-  /** The width that it fits on a terminal. By default, all of it. */
+  /** The width to fit into on a terminal. Default: the full width. */
   readonly width?: number;
 }
 
 /**
- * Draws a table. On a terminal, each row is one line of it: columns are dropped
- * and cut until they fit. In a pipe, all columns are there, and nothing is cut.
+ * Draws a table. On a terminal, each row fits on one line: columns are dropped
+ * or cut until it does. In a pipe, all columns are kept, and none is cut.
  */
 function table(
   columns: readonly Column[],
@@ -3854,7 +3856,7 @@ function cutCell(cell: DrawnCell, width: number): DrawnCell {
   return { ...cell, text, width: textWidth(text) };
 }
 
-/** The width at which a column that can be cut still says what matters. */
+/** The width at which a column that is cut can still be read. */
 const READABLE_WIDTH = 30;
 
 /** Drops and cuts columns until they fit into a line. */
@@ -3881,7 +3883,7 @@ function fitColumns(columns: readonly DrawnColumn[], room: number): void {
   }
 }
 
-/** Lists the columns that may be dropped: those that say nothing go first. */
+/** Lists the columns that may be dropped: empty ones first. */
 function dropOrder(columns: readonly DrawnColumn[]): DrawnColumn[] {
   const turnOf = ({ column }: DrawnColumn) => column.drop ?? Infinity;
 
@@ -3913,15 +3915,15 @@ function neededWidth(
 const PRINTABLE_ASCII = /^[\x20-\x7e]*$/;
 
 /**
- * Matches what takes two columns: the ranges that Unicode's EastAsianWidth.txt
- * calls wide or fullwidth, and emoji.
+ * Matches characters that take two columns: emoji, and the ranges that
+ * Unicode's EastAsianWidth.txt calls wide or fullwidth.
  *
- * `unicodeWidth` of @std/cli does not load from its build on npm, with which a
- * checkout works.
+ * `unicodeWidth` of @std/cli does not load from the npm build of that package,
+ * which a checkout uses.
  */
 const WIDE = new RegExp(
   "[\\p{Emoji_Presentation}\\ufe0f" +
-    // Hangul Jamo, the brackets of mathematics.
+    // Hangul Jamo, angle brackets.
     "\\u1100-\\u115f\\u2329\\u232a" +
     // CJK radicals, Kana, Bopomofo, CJK ideographs, Yi.
     "\\u2e80-\\u303e\\u3041-\\u3247\\u3250-\\ua4c6" +
@@ -3936,10 +3938,10 @@ const WIDE = new RegExp(
   "u",
 );
 
-/** Matches combining marks and format characters alone. */
+/** Matches text of only combining marks and format characters. */
 const INVISIBLE = /^[\p{M}\p{Cf}]*$/u;
 
-/** Splits a text into what a reader takes for its characters. */
+/** Splits text into what a reader sees as characters. */
 function graphemes(text: string): string[] {
   if (PRINTABLE_ASCII.test(text)) return text.split("");
 
@@ -3947,7 +3949,7 @@ function graphemes(text: string): string[] {
   return Array.from(segments, ({ segment }) => segment);
 }
 
-/** Counts the columns that a text takes on a terminal. */
+/** Counts the columns that text takes on a terminal. */
 function textWidth(text: string): number {
   if (PRINTABLE_ASCII.test(text)) return text.length;
   return graphemes(text).reduce((sum, it) => sum + graphemeWidth(it), 0);
@@ -3958,7 +3960,7 @@ function graphemeWidth(grapheme: string): number {
   return INVISIBLE.test(grapheme) ? 0 : 1;
 }
 
-/** Cuts a text to a width; its last column then shows that it was cut. */
+/** Cuts text to a width; "…" in the last column shows that it was cut. */
 function clip(text: string, width: number): string {
   if (textWidth(text) <= width) return text;
   if (width <= 0) return "";
@@ -3975,7 +3977,7 @@ function clip(text: string, width: number): string {
   return `${kept.join("")}…`;
 }
 
-/** Colours a text where colours are shown: a colour of SGR, or 0 for none. */
+/** Colours text where colours are shown; takes an SGR code, or 0 for none. */
 function paint(io: Io, colour: number, text: string): string {
   const isPainted = colour !== 0 && io.isTerminal && io.hasColour;
   return isPainted ? `\x1b[${colour}m${text}\x1b[0m` : text;
@@ -3990,14 +3992,14 @@ function plural(count: number, word: string): string {
   return count === 1 ? `1 ${word}` : `${count} ${word}s`;
 }
 
-/** Returns `timeout: no connection within 5 s`; nothing without a failure. */
+/** Returns `timeout: no connection within 5 s`, or "" without a failure. */
 function reasonOf(
   failure: { readonly code: string; readonly message: string } | undefined,
 ): string {
   return failure ? `${failure.code}: ${failure.message}` : "";
 }
 
-/** Returns the time since a moment: `1.25 s`, from ten seconds on `12 s`. */
+/** Returns the time since a moment: `1.25 s`, or `12 s` from ten seconds on. */
 function seconds(startedMs: number): string {
   const total = (performance.now() - startedMs) / 1000;
   const digits = total < 10 ? 2 : 0;
@@ -4017,12 +4019,12 @@ function elapsed(startedMs: number): string {
 
 const REDRAW_LINE_MS = 250;
 
-/** The columns that a live line leaves free: the terminal writes ^C there. */
+/** The columns that a live line leaves free: the terminal echoes ^C there. */
 const LIVE_LINE_MARGIN = 3;
 
 /**
- * Draws one line on a terminal's stderr again and again, until it is disposed
- * of. `hide` makes room for a result; the next drawing brings the line back.
+ * Keeps redrawing one line on a terminal's stderr until it is disposed of.
+ * `hide` makes room for a result; the next redraw brings the line back.
  */
 function liveLine(
   { io, flags }: Pick<Call, "io" | "flags">,
@@ -4047,7 +4049,7 @@ function liveLine(
   };
 
   const draw = () => {
-    // A terminal that does not keep up must not fill the memory.
+    // Skips a redraw if the terminal is too slow: memory must not grow.
     if (isWriting) return;
 
     const room = io.size().columns - LIVE_LINE_MARGIN;
@@ -4075,7 +4077,7 @@ function liveLine(
 /** Matches control and bidirectional characters, which a terminal obeys. */
 const UNSAFE = /[\p{Cc}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/gu;
 
-/** Escapes what would tell the terminal to do something; keeps tabs. */
+/** Escapes characters that a terminal would obey; keeps tabs. */
 function escapeText(text: string): string {
   if (PRINTABLE_ASCII.test(text)) return text;
 
@@ -4085,7 +4087,7 @@ function escapeText(text: string): string {
   });
 }
 
-/** Escapes a text of lines; a carriage return before the end of a line goes. */
+/** Escapes each line of text; drops a carriage return at the end of a line. */
 function escapeLines(text: string): string {
   const lines = text.split("\n").map((line) => {
     const content = line.endsWith("\r") ? line.slice(0, -1) : line;
@@ -4094,7 +4096,7 @@ function escapeLines(text: string): string {
   return lines.join("\n");
 }
 
-/** Matches what JSON leaves as it is, and a terminal obeys. */
+/** Matches characters that JSON does not escape, but a terminal obeys. */
 const UNSAFE_IN_JSON =
   /[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/g;
 
@@ -4108,7 +4110,7 @@ function toJson(value: unknown, indent?: number): string {
   );
 }
 
-/** Whose inventory a document is about. */
+/** The options and the inventory that a document reports on. */
 interface JsonSource {
   readonly flags: Flags;
   readonly inventory: Pick<Inventory, "origin" | "isFallback">;
@@ -4128,7 +4130,7 @@ interface JsonDocument {
   readonly items: readonly unknown[];
 }
 
-/** Writes a document with one item a line, for `grep` as for a parser. */
+/** Writes a document with one item per line, for `grep` as well as parsers. */
 function jsonDocument(
   source: JsonSource,
   { head, key, items }: JsonDocument,
@@ -4139,7 +4141,7 @@ function jsonDocument(
   return `${start},${toJson(key)}:[${lines}${end}\n`;
 }
 
-/** Quotes a word for a shell, if it needs it. */
+/** Quotes a word for a shell, if necessary. */
 function shellQuote(text: string): string {
   const isPlain = /^[\w@%+=:,./-]+$/.test(text);
   return isPlain ? text : `'${text.replaceAll("'", "'\\''")}'`;
@@ -4147,7 +4149,7 @@ function shellQuote(text: string): string {
 
 // --- Terminal ---
 
-/** Codes with which a process ends after a signal. */
+/** The exit code for each signal that ends a command. */
 const EXIT_CODES: Readonly<Partial<Record<Deno.Signal, number>>> = {
   SIGINT: 130,
   SIGTERM: 143,
@@ -4165,8 +4167,9 @@ class Interrupt extends Error {
 }
 
 /**
- * A stdout that is closed, as by `head`: the command ends quietly and exits 0:
- * its results are incomplete, so they cannot decide the exit code.
+ * Thrown if the reader of the output has closed it, as `head` does. The command
+ * then ends quietly with 0: its results are incomplete, so they cannot decide
+ * the exit code.
  */
 class ClosedOutput extends Error {}
 
@@ -4201,23 +4204,23 @@ function openTerminal(): Io {
   };
 }
 
-/** PIPE_BUF of Linux: a pipe takes that many bytes at once, or none of them. */
+/** PIPE_BUF on Linux: up to this size, a pipe takes all of a write or none. */
 const CHUNK_BYTES = 4096;
 const WOULD_BLOCK_DELAY_MS = 5;
 
-/** Writes to stdout and stderr in turn, since both may be one terminal. */
+/** Writes to stdout and stderr one at a time: both may be the same terminal. */
 class Output {
   #last: Promise<void> = Promise.resolve();
-  /** Since when a chunk is being written, if one is. */
+  /** When the write of the current chunk began, if there is one. */
   #sinceMs: number | undefined;
 
-  /** How long the chunk that is being written has been blocked. */
+  /** How long the write of the current chunk has been blocked. */
   get blockedMs(): number {
     return this.#sinceMs === undefined ? 0 : performance.now() - this.#sinceMs;
   }
 
   /**
-   * Writes a text after what was written before it.
+   * Writes text after all earlier writes.
    *
    * @throws {ClosedOutput} If nobody reads the stream any more.
    */
@@ -4227,7 +4230,7 @@ class Output {
     return written;
   }
 
-  /** Writes to stderr. Where nobody reads it, the command goes on without. */
+  /** Writes to stderr; drops the text if nobody reads stderr any more. */
   async writeProgress(text: string): Promise<void> {
     try {
       await this.write(Deno.stderr, text);
@@ -4245,24 +4248,46 @@ class Output {
    * Asynchronous: a `writeSync` that blocks would hold up the signal listeners.
    */
   async #writeAll(sink: typeof Deno.stdout, text: string): Promise<void> {
-    const bytes = new TextEncoder().encode(text);
-    let written = 0;
+    const encoder = new TextEncoder();
+    const chunk = new Uint8Array(CHUNK_BYTES);
+    let rest = text;
 
-    while (written < bytes.length) {
-      const chunk = bytes.subarray(written, written + CHUNK_BYTES);
-      this.#sinceMs ??= performance.now();
-
-      try {
-        written += await sink.write(chunk);
-        this.#sinceMs = undefined;
-      } catch (error) {
-        if (!(error instanceof Deno.errors.WouldBlock)) {
-          this.#sinceMs = undefined;
-          throw outputError(error);
-        }
-        await delay(WOULD_BLOCK_DELAY_MS);
-      }
+    while (rest !== "") {
+      const { read, written } = encoder.encodeInto(rest, chunk);
+      rest = rest.slice(read);
+      await this.#writeChunk(sink, chunk.subarray(0, written));
     }
+  }
+
+  async #writeChunk(
+    sink: typeof Deno.stdout,
+    chunk: Uint8Array,
+  ): Promise<void> {
+    this.#sinceMs = performance.now();
+
+    try {
+      let written = 0;
+      while (written < chunk.length) {
+        written += await writeOnce(sink, chunk.subarray(written));
+      }
+    } finally {
+      this.#sinceMs = undefined;
+    }
+  }
+}
+
+/** Writes what fits, which is nothing if the stream would block. */
+async function writeOnce(
+  sink: typeof Deno.stdout,
+  bytes: Uint8Array,
+): Promise<number> {
+  try {
+    return await sink.write(bytes);
+  } catch (error) {
+    if (!(error instanceof Deno.errors.WouldBlock)) throw outputError(error);
+
+    await delay(WOULD_BLOCK_DELAY_MS);
+    return 0;
   }
 }
 
@@ -4271,29 +4296,29 @@ function outputError(cause: unknown): Error {
   return new Error(`Cannot write the output: ${messageOf(cause)}`, { cause });
 }
 
-/** Returns the size of the terminal: 80×24 if it reports 0, not knowing it. */
+/** Returns the size of the terminal; 80×24 if it reports 0 for unknown. */
 function terminalSize(): { columns: number; rows: number } {
   const { columns, rows } = Deno.consoleSize();
   return { columns: columns || 80, rows: rows || 24 };
 }
 
 /**
- * How long a command may take after a signal to say what it knows.
+ * How long a command may take after a signal to report its results so far.
  *
  * After a signal, ssh gets 500 ms to exit and its output 500 ms to drain; the
  * rest is slack for a busy machine.
  */
 const GRACE_MS = 5000;
 
-/** How long it may take after a signal to write one chunk of it. */
+/** How long the write of one chunk may be blocked after a signal. */
 const BLOCKED_GRACE_MS = 500;
 
-/** How often both are looked at after a signal. */
+/** How often both limits are checked after a signal. */
 const GRACE_CHECK_MS = 100;
 
 /**
- * Calls the listener at the first signal. Exits if the command does not end
- * within its grace after that, if its output is blocked, or at a second signal.
+ * Calls the listener on the first signal. After that, exits if the command does
+ * not end within `GRACE_MS`, if its output is blocked, or on a second signal.
  */
 function listenToSignals(
   listener: (signal: Deno.Signal) => void,
@@ -4323,7 +4348,7 @@ function listenToSignals(
   }
 
   return () => {
-    // The first use of a timer loads Deno's timers, which takes a while.
+    // Without the check, this would load Deno's timers, which takes a while.
     if (timer !== undefined) clearInterval(timer);
     for (const { signal, onSignal } of listeners) {
       Deno.removeSignalListener(signal, onSignal);
@@ -4336,7 +4361,7 @@ function handledSignals(): Deno.Signal[] {
   return Object.keys(EXIT_CODES) as Deno.Signal[];
 }
 
-/** Prints progress or an error, each line under the program's name. */
+/** Prints progress or an error, with the program's name before each line. */
 async function warn(io: Io, message: string): Promise<void> {
   const lines = message.split("\n").map((line) => `cluster-hosts: ${line}`);
   await io.err(linesOf(lines));
@@ -4374,7 +4399,7 @@ async function runLine(
   return await command.run({ ...request, inventory });
 }
 
-/** Says what ended a command, and returns the exit code. */
+/** Reports the error that ended a command, and returns the exit code. */
 async function reportError(io: Io, error: unknown): Promise<number> {
   if (error instanceof ClosedOutput) return 0;
   if (error instanceof Interrupt) return EXIT_CODES[error.signal] ?? 1;
@@ -4382,14 +4407,15 @@ async function reportError(io: Io, error: unknown): Promise<number> {
   try {
     await warn(io, messageOf(error));
   } catch {
-    // stderr is full: the exit code is all that is left to say it.
+    // stderr cannot be written to: the exit code alone has to report it.
   }
   return 2;
 }
 
 /**
  * Runs one command line, and resolves to its exit code: 0 if all is well, 1 if
- * it is not, 2 for bad usage, a bad inventory or what could not be checked.
+ * it is not, 2 for bad usage, a bad inventory or something that could not be
+ * checked.
  *
  * @param io Streams to use instead of those of this process.
  *

@@ -1,19 +1,20 @@
 /**
- * Reads the inventory of a cluster, and answers what scripts ask of it: which
- * hosts there are, which of them answer, from which URLs data can be pulled,
- * and what a command says on each of them.
+ * Reads the inventory of a cluster and answers the questions that scripts ask
+ * about it: which hosts exist, which of them respond, which URLs data can be
+ * pulled from, and what a command outputs on each host.
  *
- * What holds for every function:
+ * The following holds for every function:
  *
- * - Importing this module needs no permission. Each permission is used when it
- *   is needed and never prompted for. A missing one throws
- *   `Deno.errors.NotCapable` with the exact flag (`probeNodes` and `watchNodes`
- *   report it as `denied`); an environment variable that may not be read counts
- *   as unset.
+ * - Importing this module needs no permission. Permissions are checked when
+ *   they are needed, and never prompted for. A missing permission throws
+ *   `Deno.errors.NotCapable` with the exact flag (`probeNode`, `probeNodes` and
+ *   `watchNodes` report it as `denied` instead); an environment variable that
+ *   may not be read counts as unset.
  * - An inventory that cannot be used throws {@linkcode HostsConfigError}.
- * - A fault of the caller throws `TypeError` or `RangeError` before anything is
- *   contacted. A fault of one node never rejects a call.
- * - Durations are milliseconds. An option that is `undefined` has its default.
+ * - Invalid arguments throw a `TypeError` or `RangeError` before any node is
+ *   contacted. The failure of a single node never rejects a call.
+ * - Durations are in milliseconds unless noted otherwise. An option set to
+ *   `undefined` gets its default.
  *
  * @module
  */
@@ -27,8 +28,8 @@ import { parse } from "jsr:@std/yaml@^1.2.0/parse";
 export const ELO_SYNC_PORT = 8766;
 
 /**
- * The default port of a node's data server. It equals
- * {@linkcode ELO_SYNC_PORT} on purpose.
+ * The default port of a node's data server. It is intentionally the same as
+ * {@linkcode ELO_SYNC_PORT}.
  */
 export const DATA_SYNC_PORT = 8766;
 
@@ -36,64 +37,68 @@ export const DATA_SYNC_PORT = 8766;
 export const MODEL_SYNC_PORT = 8765;
 
 /**
- * The inventory that is read if nothing names one, under the working directory.
+ * The inventory that is read if no other is given, relative to the working
+ * directory.
  */
 export const DEFAULT_CONFIG_PATH = "config/distributed_hosts.yaml";
 
-/** An inventory to copy, beside the default one in a checkout. */
+/** An example inventory, next to the default one in a checkout. */
 const EXAMPLE_CONFIG_PATH = "config/distributed_hosts.example.yaml";
 
-/** Names the inventory to read, where the caller names none. */
+/** The variable that names the inventory if the caller does not. */
 const CONFIG_VARIABLE = "RINGRIFT_HOSTS_CONFIG";
 
 /**
- * Names another program's config, which may set the data port of this cluster.
+ * The variable that names another program's config, which may set the data
+ * port.
  */
 const UNIFIED_CONFIG_VARIABLE = "RINGRIFT_CONFIG_PATH";
 
-/** Gives the coordinator's address where the inventory has none. */
+/**
+ * The variable that gives the coordinator's address if the inventory does not.
+ */
 const COORDINATOR_VARIABLE = "RINGRIFT_COORDINATOR_IP";
 
-/** The path that answers a check, unless a node or the caller names another. */
+/** The path that a check requests, unless a node or the caller sets another. */
 const DEFAULT_STATUS_PATH = "/status";
 
-/** The SSH user, unless the inventory names one. */
+/** The SSH user, unless the inventory sets one. */
 const DEFAULT_SSH_USER = "ubuntu";
 
 /**
- * Defaults of options, for the library and for help. Names that end in `Ms` are
- * milliseconds.
+ * The defaults of options, for the library and the help text. Names ending in
+ * `Ms` are in milliseconds.
  */
 export const DEFAULTS = {
   timeoutMs: 5000,
-  /** Nodes that are checked at once. */
+  /** The maximum number of nodes checked at a time. */
   concurrency: 10_000,
   watchIntervalMs: 5000,
   waitIntervalMs: 2000,
   waitDeadlineMs: 300_000,
-  /** Nodes on which a command runs at once. */
+  /** The maximum number of nodes on which a command runs at a time. */
   commandConcurrency: 32,
   connectTimeoutMs: 10_000,
   serverAliveSeconds: 15,
 } as const;
 
-/** The ports that a URL may leave out. */
+/** The default ports, which a URL may omit. */
 const DEFAULT_PORTS: Readonly<Record<string, number>> = {
   "http:": 80,
   "https:": 443,
   "ssh:": 22,
 };
 
-/** The most that a URL may send as an inventory. */
+/** The maximum size of an inventory from a URL. */
 const MAX_CONFIG_BYTES = 16 * 1024 * 1024;
 
-/** The most levels that values may be nested in an inventory. */
+/** The maximum nesting depth of an inventory or an answer. */
 const MAX_DEPTH = 100;
 
-/** The most values that aliases may add to an inventory. */
+/** The maximum number of values that aliases may add to an inventory. */
 const MAX_ALIASED_VALUES = 1_000_000;
 
-/** Says how to fix a node that cannot be contacted. */
+/** Tells how to fix a node that has no address. */
 const NO_ADDRESS_HINT = "set tailscale_ip or ssh_host";
 
 const ACTIVE_STATUSES: readonly string[] = ["active", "ready", "unknown"];
@@ -109,17 +114,19 @@ const INACTIVE_STATUSES: readonly string[] = [
 // --- Errors ---
 
 /**
- * One thing that is wrong with an inventory. It never quotes a value, which may
- * be secret.
+ * One problem with an inventory. It never quotes a value that may be secret.
  */
 export interface ConfigProblem {
-  /** The place, such as `hosts.gpu-1.ssh_port`; empty for the file itself. */
+  /**
+   * The path of the key, such as `hosts.gpu-1.ssh_port`; empty for the whole
+   * file.
+   */
   readonly path: string;
   /** What is wrong, and how to fix it. */
   readonly message: string;
-  /** The line, from 1, where it could be found. */
+  /** The line, counted from 1, if known. */
   readonly line?: number;
-  /** The column, from 1, where it could be found. */
+  /** The column, counted from 1, if known. */
   readonly column?: number;
 }
 
@@ -142,12 +149,14 @@ export interface ConfigProblem {
  * ```
  */
 export class HostsConfigError extends Error {
-  /** The file or the URL, as people are shown it. */
+  /** The file or URL, in the form shown to people. */
   readonly origin: string;
   /** Every problem, in the order of the file. */
   readonly problems: readonly ConfigProblem[];
 
-  /** Creates an error of all `problems` of the file or URL called `origin`. */
+  /**
+   * Creates an error that reports all `problems` of `origin`, a file or URL.
+   */
   constructor(
     origin: string,
     problems: readonly ConfigProblem[],
@@ -170,7 +179,7 @@ export function formatConfigProblem(
   const place = [origin];
 
   if (line !== undefined) place.push(String(line));
-  // A path leads to the place better than a column does.
+  // A path locates the problem better than a column does.
   if (path !== "") return `${place.join(":")}: ${path}: ${message}`;
 
   if (column !== undefined) place.push(String(column));
@@ -178,9 +187,9 @@ export function formatConfigProblem(
 }
 
 /**
- * Finds the known word that was probably meant: one that differs in case or by
- * one edit, else the first that starts with `word`, if that has three letters or
- * more.
+ * Finds the known word that was probably meant: one that differs only in case
+ * or by one edit, else (if `word` has at least three letters) the first that
+ * starts with `word`.
  */
 export function didYouMean(
   word: string,
@@ -199,8 +208,8 @@ export function didYouMean(
 }
 
 /**
- * Reports whether two words differ in case alone, or by one insertion,
- * deletion, replacement or swap of neighbours.
+ * Reports whether two words differ only in case, or by one insertion, deletion,
+ * replacement or swap of adjacent letters.
  */
 function isTypo(written: string, meant: string): boolean {
   if (written === meant) return false;
@@ -225,10 +234,11 @@ function isTypo(written: string, meant: string): boolean {
 }
 
 /**
- * Says what is wrong with a version of Deno; `undefined` if it will do.
+ * Explains why a version of Deno is not supported; returns `undefined` if it
+ * is.
  *
- * Before 2.9, `node:tls` does not close what it opened, and on 2.8.3 a read from
- * a silent node never ends. Before 2.4, ssh would share the terminal.
+ * Before 2.9, `node:tls` does not close the sockets it opened, and on 2.8.3 a
+ * read from a silent node never ends. Before 2.4, ssh would share the terminal.
  */
 export function unsupportedDeno(
   version: string = Deno.version.deno,
@@ -241,7 +251,8 @@ export function unsupportedDeno(
 }
 
 /**
- * Says in one line what went wrong. What `fetch` met is in its error's cause.
+ * Describes an error in one line. Errors from `fetch` give the reason in
+ * `cause`.
  */
 function errorText(error: unknown): string {
   const hasCause = error instanceof Error && error.cause !== undefined;
@@ -259,7 +270,8 @@ export function formatMs(ms: number): string {
 }
 
 /**
- * Faults of TLS, by the texts of rustls (fetch) and the codes of `node:tls`.
+ * TLS errors, matched by the messages of rustls (`fetch`) and the codes of
+ * `node:tls`, and their explanations.
  */
 const TLS_FAULTS: readonly (readonly [pattern: RegExp, words: string])[] = [
   [
@@ -293,7 +305,7 @@ const TLS_FAULTS: readonly (readonly [pattern: RegExp, words: string])[] = [
   ],
 ];
 
-/** Says in words what is wrong with TLS; `undefined` for any other fault. */
+/** Explains a TLS error; returns `undefined` for any other error. */
 function tlsProblem(error: unknown): string | undefined {
   const { code = "" } = Object(error) as { code?: unknown };
   const text = `${code} ${errorText(error)}`;
@@ -306,7 +318,7 @@ function tlsProblem(error: unknown): string | undefined {
   return isTls ? `TLS: ${text.trim().split(": ").at(-1)}` : undefined;
 }
 
-/** Returns the nodes as a list. Throws a `TypeError` on anything but nodes. */
+/** Returns the nodes as a list; throws a `TypeError` if they are not nodes. */
 function requireNodes(nodes: Iterable<ClusterNode>): ClusterNode[] {
   const given: unknown = nodes;
   const isIterable = typeof given !== "string" &&
@@ -333,7 +345,7 @@ function requireNodes(nodes: Iterable<ClusterNode>): ClusterNode[] {
   return list;
 }
 
-/** Says what to pass where nodes are meant. */
+/** Suggests what to pass where nodes are expected. */
 function nodesHint(given: unknown): string {
   if (given instanceof Map) return "pass its values()";
   if (isPromise(given)) return "await it";
@@ -342,7 +354,7 @@ function nodesHint(given: unknown): string {
   return "pass ClusterNodes, such as those of getActiveNodes()";
 }
 
-/** Names what a caller gave, as in "got a Map". */
+/** Names what a caller passed, as in "got a Map". */
 function givenName(value: unknown): string {
   if (isPromise(value)) return "a promise";
   if (value instanceof ClusterNode) return "one node";
@@ -381,7 +393,7 @@ function requireCount(
   );
 }
 
-/** Throws if `parse` refuses a value, or would take it for another one. */
+/** Throws if `parse` rejects a value or would change it. */
 function requireValue<T>(
   name: string,
   value: T,
@@ -401,18 +413,20 @@ function requireValue<T>(
 
 // --- Host fields ---
 
-/** A value as it is used, or what is wrong with what was written. */
+/** A parsed value, or what is wrong with the written one. */
 export type Parsed<T> = { readonly value: T } | { readonly problem: string };
 
 /** One field of a mapping. */
 interface Field<T> {
   /** The key in the inventory. */
   readonly key: string;
-  /** Parses what is written, trimmed; never called with an unset value. */
+  /** Parses the written value, trimmed; never called with an unset value. */
   readonly parse: (value: unknown) => Parsed<T>;
-  /** The value of a field that is unset. */
+  /** The value if the field is unset. */
   readonly fallback?: T;
-  /** Whether a host that does not set it can derive it from another field. */
+  /**
+   * Whether a host that does not set the field can derive it from another one.
+   */
   readonly isDerived?: boolean;
 }
 
@@ -421,13 +435,13 @@ type FieldTable = Readonly<Record<string, Field<unknown>>>;
 const NO_OPTIONS: readonly string[] = Object.freeze([]);
 
 /**
- * Every field of a host. To add one: a row here, and the documented property of
- * {@linkcode ClusterNode}.
+ * Every field of a host. To add one, add a row here and a documented property
+ * to {@linkcode ClusterNode}.
  */
 export const HOST_FIELDS = {
   tailscaleIp: { key: "tailscale_ip", parse: parseHost },
   sshHost: { key: "ssh_host", parse: parseSshHost },
-  // The user in a host's own ssh_host counts more than that of `defaults`.
+  // The user in a host's own ssh_host takes precedence over `defaults`.
   sshUser: { key: "ssh_user", parse: parseUser, isDerived: true },
   sshKey: { key: "ssh_key", parse: parseKeyPath },
   sshPort: { key: "ssh_port", parse: parsePort, fallback: 22 },
@@ -468,7 +482,7 @@ type HostFieldName = keyof typeof HOST_FIELDS;
 
 const HOST_FIELD_NAMES = Object.keys(HOST_FIELDS) as HostFieldName[];
 
-/** The fields that say where one host is: `defaults` cannot give them. */
+/** The fields that locate a single host, which `defaults` cannot set. */
 const ADDRESS_FIELDS: readonly Field<unknown>[] = [
   HOST_FIELDS.tailscaleIp,
   HOST_FIELDS.sshHost,
@@ -496,14 +510,14 @@ const ELO_SYNC_FIELDS = {
 } satisfies { [K in keyof EloSyncConfig]-?: Field<EloSyncConfig[K]> };
 
 /**
- * The one field that `distributed`, a section of another program, gives to
- * hosts.
+ * The only field that hosts inherit from `distributed`, a section that belongs
+ * to another program.
  */
 const DISTRIBUTED_FIELDS = {
   dataServerPort: { key: "data_server_port", parse: parsePort },
 } satisfies FieldTable;
 
-/** A field that is invalid: its name in scripts, its key, and what is wrong. */
+/** An invalid field: its property name, its key, and what is wrong. */
 interface FieldProblem {
   readonly name: string;
   readonly key: string;
@@ -511,8 +525,8 @@ interface FieldProblem {
 }
 
 /**
- * Parses the fields of a table. A field that is unset or invalid has its
- * fallback as the value.
+ * Parses the fields of a table. A field that is unset or invalid gets its
+ * fallback.
  */
 function parseFields(
   table: FieldTable,
@@ -546,7 +560,7 @@ function keysOf(table: FieldTable): string[] {
   return Object.values(table).map(({ key }) => key);
 }
 
-/** Reports whether a value is null, a blank text or a `<placeholder>`. */
+/** Reports whether a value is missing, null, blank or a `<placeholder>`. */
 function isUnset(value: unknown): boolean {
   if (typeof value !== "string") return value === undefined || value === null;
 
@@ -555,14 +569,14 @@ function isUnset(value: unknown): boolean {
 }
 
 function isPlaceholder(text: string): boolean {
-  return /^(?:[^@]*@)?<[^<>]*>$/.test(text);
+  return text.endsWith(">") && /^(?:[^@]*@)?<[^<>]*>$/.test(text);
 }
 
 function isMapping(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** Names the type of a value as people know it from YAML: "a list". */
+/** Names the type of a value in YAML terms, such as "a list". */
 function typeName(value: unknown): string {
   if (value === null || value === undefined) return "nothing";
   if (Array.isArray(value)) return "a list";
@@ -581,13 +595,13 @@ function hasControlCharacter(text: string): boolean {
 function parseText(value: unknown): Parsed<string> {
   if (typeof value !== "string") return { problem: notTextProblem(value) };
   if (hasControlCharacter(value)) {
-    return { problem: "holds a control character" };
+    return { problem: "contains a control character" };
   }
 
   return { value };
 }
 
-/** Says how to fix what YAML reads as something other than text. */
+/** Explains how to fix a value that YAML does not read as text. */
 function notTextProblem(value: unknown): string {
   const hint = Array.isArray(value)
     ? "write one value, or put it in quotes"
@@ -596,7 +610,7 @@ function notTextProblem(value: unknown): string {
   return `expected text, got ${typeName(value)}: ${hint}`;
 }
 
-/** Parses a text for people, which may have several lines. */
+/** Parses a note for people, which may span several lines. */
 function parseNote(value: unknown): Parsed<string> {
   if (typeof value !== "string") return parseText(value);
 
@@ -604,7 +618,7 @@ function parseNote(value: unknown): Parsed<string> {
   return "problem" in onOneLine ? onOneLine : { value };
 }
 
-/** Parses the name of a model, of which some are numbers: `gpu: 4090`. */
+/** Parses the name of a model, which may be a number: `gpu: 4090`. */
 function parseModel(value: unknown): Parsed<string> {
   return parseText(Number.isFinite(value) ? String(value) : value);
 }
@@ -613,7 +627,7 @@ function parseTexts(value: unknown): Parsed<readonly string[]> {
   const isList = Array.isArray(value) &&
     value.every((item) => "value" in parseText(item));
 
-  if (!isList) return { problem: "expected a list of texts" };
+  if (!isList) return { problem: "expected a list of strings" };
   return { value: Object.freeze([...value]) };
 }
 
@@ -623,7 +637,7 @@ const UNSAFE_CHARACTER =
   // deno-lint-ignore no-control-regex
   /[\s\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff;&|<>()$`\\"'*?[\]{}!#%^]/;
 
-/** Parses a text that neither ssh nor a shell can take for something else. */
+/** Parses a word that neither ssh nor a shell can misinterpret. */
 function parseWord(value: unknown, what: string = "a word"): Parsed<string> {
   const text = parseText(value);
   if ("problem" in text) return text;
@@ -646,10 +660,10 @@ function parseKeyPath(value: unknown): Parsed<string> {
 }
 
 /**
- * Parses a host name or an address, without user, port and path.
+ * Parses a host name or an address, without a user, port or path.
  *
- * A name that is not ASCII becomes ASCII, as DNS, ssh and Deno's permissions
- * want it. One that is ASCII stays as it is written.
+ * A non-ASCII name is converted to ASCII, as DNS, ssh and Deno's permissions
+ * require. An ASCII name is kept as written.
  */
 function parseHost(value: unknown): Parsed<string> {
   const text = parseText(value);
@@ -667,7 +681,7 @@ function parseHost(value: unknown): Parsed<string> {
   if (host === "" || /[/@,]/.test(host) || (colon >= 0 && !isIpv6)) {
     return {
       problem:
-        "expected a host name or an address alone, without user, port or path",
+        "expected only a host name or an address, without user, port or path",
     };
   }
   if (isIpv6) return parseIpv6(host);
@@ -688,7 +702,7 @@ function isIpv4(text: string): boolean {
   return /^(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}$/.test(text);
 }
 
-/** Parses an IPv6 address. It may have a zone, as in `fe80::1%eth0`. */
+/** Parses an IPv6 address, which may have a zone, as in `fe80::1%eth0`. */
 function parseIpv6(text: string): Parsed<string> {
   const address = withoutZone(text);
   const hasZone = address !== text;
@@ -759,7 +773,7 @@ function parseUser(value: unknown): Parsed<string> {
   if ("problem" in word) return word;
 
   if (word.value === "" || /[@:/]/.test(word.value)) {
-    return { problem: "expected a user name alone" };
+    return { problem: "expected only a user name" };
   }
   return word;
 }
@@ -800,7 +814,7 @@ function parseInterval(value: unknown): Parsed<number> {
   return { problem: "expected a number of seconds, more than 0" };
 }
 
-/** Parses a base URL to its one spelling, so that one server is one URL. */
+/** Parses and normalises a base URL, so that each server has only one URL. */
 function parseBaseUrl(value: unknown): Parsed<string> {
   const text = parseText(value);
   if ("problem" in text) return text;
@@ -818,7 +832,7 @@ function parseBaseUrl(value: unknown): Parsed<string> {
   return { value: `${protocol}//${host}${withoutSlashes(pathname)}` };
 }
 
-/** Drops the slashes at the end of a path. */
+/** Removes the trailing slashes of a path. */
 function withoutSlashes(path: string): string {
   let end = path.length;
   while (path[end - 1] === "/") end--;
@@ -833,7 +847,7 @@ function parsePath(value: unknown): Parsed<string> {
   const isPath = /^\/[!"$-~]*$/.test(path.value);
   if (isPath) return path;
 
-  return { problem: 'expected a path that begins with "/", URL-encoded' };
+  return { problem: 'expected a URL-encoded path that begins with "/"' };
 }
 
 function parseSshOptions(value: unknown): Parsed<readonly string[]> {
@@ -854,15 +868,18 @@ function parseSshOptions(value: unknown): Parsed<readonly string[]> {
   return { value: Object.freeze(options) };
 }
 
-/** Words of an ssh config file alone; `Match` could also run a program. */
+/**
+ * Keywords valid only in an ssh config file; `Match` could also run a program.
+ */
 const SSH_FILE_WORDS = ["host", "match", "include"];
 
 /**
- * Options whose values ssh puts in other programs' command lines, or in paths.
+ * Options whose values ssh inserts into paths or command lines of other
+ * programs.
  */
 const SSH_WORD_OPTIONS = ["hostname", "hostkeyalias", "user", "identityfile"];
 
-/** Options that run a program on this machine, or load one. */
+/** Options that make ssh run a program or load a library on this machine. */
 const SSH_PROGRAM_OPTIONS = [
   "proxycommand",
   "localcommand",
@@ -876,7 +893,7 @@ const SSH_PROGRAM_OPTIONS = [
 
 /**
  * Parses one option of ssh_config(5), `KEY=VALUE`. Spaces around the `=` are
- * left out.
+ * removed.
  */
 function parseSshOption(value: unknown): Parsed<string> {
   const text = parseText(value);
@@ -893,7 +910,10 @@ function parseSshOption(value: unknown): Parsed<string> {
   return problem === undefined ? { value: `${key}=${setting}` } : { problem };
 }
 
-/** Says what is wrong with the value of an option of ssh. */
+/**
+ * Explains what is wrong with an ssh option; returns `undefined` if it is
+ * valid.
+ */
 function sshSettingProblem(key: string, setting: string): string | undefined {
   const word = key.toLowerCase();
   if (SSH_FILE_WORDS.includes(word)) {
@@ -912,13 +932,11 @@ function sshSettingProblem(key: string, setting: string): string | undefined {
   return "problem" in parsed ? `${key}: ${parsed.problem}` : undefined;
 }
 
-/**
- * Parses one host of ProxyJump: `[user@]host[:port]`, also as an `ssh://` URL.
- */
+/** Parses one hop of ProxyJump: `[user@]host[:port]` or an `ssh://` URL. */
 function parseJumpHost(text: string): Parsed<string> {
   const hop = text.replace(/^ssh:\/\//i, "");
 
-  // An IPv6 address without brackets cannot carry a port.
+  // An IPv6 address without brackets cannot have a port.
   const [suffix = "", digits] = /(?<=^[^:]*|\]):(\d+)$/.exec(hop) ?? [];
   const port = digits === undefined ? undefined : parsePort(digits);
   if (port && "problem" in port) return port;
@@ -926,7 +944,7 @@ function parseJumpHost(text: string): Parsed<string> {
   return parseSshHost(hop.slice(0, hop.length - suffix.length));
 }
 
-/** Reports whether an option of ssh runs or loads a program on this machine. */
+/** Reports whether an ssh option runs a program or loads a library here. */
 function runsProgramHere(option: string): boolean {
   const [key = ""] = option.split("=", 1);
   return SSH_PROGRAM_OPTIONS.includes(key.toLowerCase());
@@ -934,22 +952,22 @@ function runsProgramHere(option: string): boolean {
 
 // --- ClusterNode, EloSyncConfig ---
 
-/** The user of a node that was given none. */
+/** The SSH user of a node for which none was set. */
 interface DerivedUser {
   /** The user in `sshHost`, else the fallback. */
   readonly user: string;
-  /** That of `defaults`, else {@linkcode DEFAULT_SSH_USER}. */
+  /** The user from `defaults`, else {@linkcode DEFAULT_SSH_USER}. */
   readonly fallback: string;
 }
 
 /**
- * The derived users, by the nodes' entries: each node has an entry of its own,
- * which `{ ...node }` takes along.
+ * The derived users, keyed by `entry`: each such node has an entry object of
+ * its own, which `{ ...node }` carries over.
  */
 const derivedUsers = new WeakMap<HostEntry, DerivedUser>();
 
 /**
- * One node of the cluster, with the defaults applied. It is frozen.
+ * A node of the cluster, with defaults applied. Instances are frozen.
  *
  * @example Make a node, and another one like it
  * ```ts
@@ -967,18 +985,25 @@ export class ClusterNode {
   /** The name in the inventory. */
   readonly name!: string;
   /**
-   * The address inside the tailnet, which is tried first.
+   * The address inside the tailnet. It is tried first, except for SSH at a port
+   * other than 22.
    *
    * @default {undefined}
    */
   readonly tailscaleIp!: string | undefined;
-  /** A host, or `user@host`. @default {undefined} */
+  /**
+   * A host name or address, optionally with a user: `user@host`.
+   *
+   * @default {undefined}
+   */
   readonly sshHost!: string | undefined;
   /**
-   * The SSH user: the one that is set, else the one in `sshHost`.
+   * The SSH user: the one that is set, else the one in `sshHost`, else the one
+   * in the inventory's `defaults`.
    *
-   * In `{ ...node, sshHost }`, one that was not set is that of the new host. To
-   * keep it all the same, write it there: `root@192.0.2.2`.
+   * In a copy such as `{ ...node, sshHost }`, a user that was not set is
+   * derived again from the new `sshHost`. To keep it, write it there:
+   * `root@192.0.2.2`.
    *
    * @default {"ubuntu"}
    */
@@ -1005,9 +1030,9 @@ export class ClusterNode {
   readonly note!: string | undefined;
   /** A word such as `coordinator` or `worker`. @default {"unknown"} */
   readonly role!: string;
-  /** Memory in GB; 0 if it is not known. @default {0} */
+  /** Memory in GB; 0 if unknown. @default {0} */
   readonly memoryGb!: number;
-  /** The number of CPU cores; 0 if it is not known. @default {0} */
+  /** The number of CPU cores; 0 if unknown. @default {0} */
   readonly cpus!: number;
   /** The GPU model; empty if there is none. @default {""} */
   readonly gpu!: string;
@@ -1019,19 +1044,19 @@ export class ClusterNode {
    * @default {undefined}
    */
   readonly dataServerUrl!: string | undefined;
-  /** The path that answers a check. @default {"/status"} */
+  /** The path that a check requests. @default {"/status"} */
   readonly statusPath!: string;
   /**
-   * The host's mapping as written, for keys of the user's own.
+   * The host's mapping as written, including custom keys.
    *
    * @default {{}}
    */
   readonly entry!: HostEntry;
 
   /**
-   * Creates a node. Null, a blank text and a `<placeholder>` mean unset.
+   * Creates a node. Null, a blank string and a `<placeholder>` count as unset.
    *
-   * @throws {TypeError} if a field is invalid; the message lists every one
+   * @throws {TypeError} if any field is invalid; the message lists all of them
    */
   constructor(fields: ClusterNodeFields) {
     const { values, origin } = parseNode(fields);
@@ -1039,8 +1064,8 @@ export class ClusterNode {
   }
 
   /**
-   * The address to use: the Tailscale one, else the host of `sshHost`;
-   * `undefined` if there is neither.
+   * The preferred address: `tailscaleIp`, else the host in `sshHost`;
+   * `undefined` if neither is set.
    */
   get bestIp(): string | undefined {
     return this.addresses[0];
@@ -1058,8 +1083,8 @@ export class ClusterNode {
   }
 
   /**
-   * `dataServerUrl`, else `http://ADDRESS:PORT`, without a slash at the end;
-   * `undefined` if there is neither.
+   * `dataServerUrl`, else `http://ADDRESS:PORT`, without a trailing slash;
+   * `undefined` if the node has no address either.
    */
   get dataServerBaseUrl(): string | undefined {
     const [endpoint] = dataEndpoints(this);
@@ -1075,7 +1100,9 @@ export class ClusterNode {
   }
 }
 
-/** Parses what a script makes a node of. Throws a `TypeError` of all faults. */
+/**
+ * Parses a caller's fields; throws a `TypeError` that lists all invalid ones.
+ */
 function parseNode(
   fields: ClusterNodeFields,
 ): { values: Record<string, unknown>; origin: NodeOrigin } {
@@ -1096,7 +1123,7 @@ function parseNode(
     throw new TypeError(`Cannot make node ${JSON.stringify(name)}: ${list}`);
   }
 
-  // Copied from another node, a derived user is derived anew.
+  // A derived user that was copied from another node is derived again.
   const derived = derivedUsers.get(entry);
   if (values.sshUser === derived?.user) values.sshUser = undefined;
 
@@ -1104,7 +1131,7 @@ function parseNode(
   return { values, origin };
 }
 
-/** Makes a node of values that are parsed already. */
+/** Creates a node from values that are already parsed. */
 function nodeOf(
   values: Readonly<Record<string, unknown>>,
   origin: NodeOrigin,
@@ -1121,7 +1148,9 @@ interface NodeOrigin {
   readonly fallbackUser: string | undefined;
 }
 
-/** Sets the properties of a node, its user among them, and freezes it. */
+/**
+ * Sets the properties of a node, derives its user if needed, and freezes it.
+ */
 function completeNode(
   node: ClusterNode,
   values: Readonly<Record<string, unknown>>,
@@ -1140,7 +1169,10 @@ function completeNode(
   return Object.freeze(node);
 }
 
-/** Says what is wrong with a host's name. */
+/**
+ * Explains what is wrong with a host's name; returns `undefined` if it is
+ * valid.
+ */
 function findNameProblem(name: unknown): string | undefined {
   if (typeof name !== "string" || name.trim() === "") {
     return "a host's name is blank";
@@ -1148,12 +1180,13 @@ function findNameProblem(name: unknown): string | undefined {
   if (hasControlCharacter(name)) return "a host's name has a control character";
   if (!/[,[\]*?]/.test(name) && name.trim() === name) return undefined;
 
-  return "a host's name may hold no comma, bracket, wildcard, or leading or " +
-    "trailing space, since it could not be selected by name";
+  return "a host's name must not contain a comma, a bracket, a wildcard, or a " +
+    "leading or trailing space: it could not be selected by name";
 }
 
 /**
- * What a {@linkcode ClusterNode} is made of: its name, and any other fields.
+ * The fields that a {@linkcode ClusterNode} is created from: its name and,
+ * optionally, any others.
  */
 export type ClusterNodeFields =
   & Pick<ClusterNode, "name">
@@ -1166,13 +1199,13 @@ export type ClusterNodeFields =
     ]?: ClusterNode[K] | undefined;
   };
 
-/** How the Elo ratings database is synchronised. It is frozen. */
+/** How the Elo ratings database is synchronised. The object is frozen. */
 export interface EloSyncConfig {
-  /** The name of the coordinator's node. @default {"mac-studio"} */
+  /** The name of the coordinator node. @default {"mac-studio"} */
   readonly coordinator: string;
   /** The port of the database on each node. @default {8766} */
   readonly syncPort: number;
-  /** Seconds between two rounds. @default {300} */
+  /** Seconds between two rounds of synchronisation. @default {300} */
   readonly syncInterval: number;
   /** Elo points by which two databases may differ. @default {50} */
   readonly divergenceThreshold: number;
@@ -1187,8 +1220,8 @@ export interface EloSyncConfig {
 // --- Reading ---
 
 /**
- * A path, a URL (`file:`, `http:` or `https:`), or a config: one that is loaded
- * already, or `{ hosts }` written in place.
+ * A path, a URL (`file:`, `http:` or `https:`), or a config: one that is
+ * already loaded, or an inline object such as `{ hosts }`.
  */
 export type ConfigSource = string | URL | HostsConfig;
 
@@ -1199,8 +1232,8 @@ export type ConfigSource = string | URL | HostsConfig;
 export type HostEntry = Readonly<Record<string, unknown>>;
 
 /**
- * An inventory as written, with unknown sections kept: a finite tree, frozen if
- * it was parsed here. To edit one, `structuredClone` it.
+ * An inventory as written, including unknown sections: a finite tree, frozen if
+ * this module parsed it. To edit one, copy it with `structuredClone`.
  */
 export type HostsConfig = {
   readonly hosts: Readonly<Record<string, HostEntry>>;
@@ -1213,25 +1246,27 @@ export type HostsConfig = {
 export interface ConfigText {
   /** The text; empty if there is no file. */
   readonly text: string;
-  /** The path or URL for people: without a user and password in the URL. */
+  /**
+   * The path or URL to show to people, without the user and password of a URL.
+   */
   readonly origin: string;
-  /** Whether there is a file. Only the default one may be missing. */
+  /** Whether the file exists. Only the default one may be missing. */
   readonly exists: boolean;
 }
 
 /** Options of {@linkcode loadHostsConfig}. */
 export interface LoadOptions {
-  /** Milliseconds within which a URL must have answered. @default {5000} */
+  /** How long fetching a URL may take, in milliseconds. @default {5000} */
   readonly timeoutMs?: number | undefined;
   /**
-   * Aborts the loading, which then rejects with the signal's reason.
+   * Aborts loading, which then rejects with the signal's reason.
    *
    * @default {undefined}
    */
   readonly signal?: AbortSignal | undefined;
 }
 
-/** What was read, or why it cannot be. */
+/** What was read, or why nothing could be read. */
 type Read<T> =
   | { readonly value: T }
   | { readonly problem: string; readonly cause?: unknown };
@@ -1239,10 +1274,10 @@ type Read<T> =
 /**
  * Reads the text that {@linkcode loadHostsConfig} would load.
  *
- * Of a default file that is missing, it returns an empty text that does not
- * exist.
+ * If the default file is missing, the result is an empty text with
+ * `exists: false`.
  *
- * @throws {HostsConfigError} if it cannot be read
+ * @throws {HostsConfigError} if the file or URL cannot be read
  */
 export async function readHostsConfig(
   source?: string | URL,
@@ -1277,16 +1312,16 @@ export async function readHostsConfig(
 interface ReadFault {
   readonly problem: string;
   readonly cause?: unknown;
-  /** The variable that names it. */
+  /** The variable that names the file or URL. */
   readonly namedBy?: string | undefined;
 }
 
-/** Makes an error of what could not be read. */
+/** Creates the error for a file or URL that could not be read. */
 function readError(
   origin: string,
   { problem, cause, namedBy }: ReadFault,
 ): HostsConfigError {
-  const hint = namedBy === undefined ? "" : ` (${namedBy} names it)`;
+  const hint = namedBy === undefined ? "" : ` (named by ${namedBy})`;
 
   const problems = [{ path: "", message: problem + hint }];
   return new HostsConfigError(origin, problems, { cause });
@@ -1300,11 +1335,12 @@ function isHttp(address: string): boolean {
   return /^https?:/i.test(address);
 }
 
-/** Drops user and password from a URL that is shown. */
+/** Removes the user and password from a URL that will be shown. */
 function withoutCredentials(address: string): string {
   if (!isHttp(address)) return address;
 
-  // If it does not parse, a password may hold anything: up to the last "@".
+  // If the URL does not parse, its password may contain anything, so everything
+  // up to the last "@" is removed.
   const credentials = URL.canParse(address)
     ? /^(https?:\/*)[^/?#]*@/i
     : /^(https?:\/*).*@/is;
@@ -1328,7 +1364,9 @@ async function readTextFile(address: string): Promise<Read<string>> {
   }
 }
 
-/** Returns the path of a file: the address itself, or that of a `file:` URL. */
+/**
+ * Returns the path of a file: the address itself, or the path in a `file:` URL.
+ */
 export function filePath(address: string): Parsed<string> {
   const scheme = /^([a-z][a-z\d+.-]+):/i.exec(address)?.[1]?.toLowerCase();
   if (scheme !== "file") {
@@ -1338,12 +1376,12 @@ export function filePath(address: string): Parsed<string> {
     return { problem: "expected a path, or a file:, http: or https: URL" };
   }
 
-  if (!URL.canParse(address)) return { problem: "is not a URL" };
+  if (!URL.canParse(address)) return { problem: "is not a valid URL" };
 
   const { hostname, pathname, search, hash } = new URL(address);
   const isAbsolute = address.startsWith("/", "file:".length);
   if (!isAbsolute) {
-    return { problem: "is not absolute: write file:/// before the whole path" };
+    return { problem: "is not absolute: write file:/// before the full path" };
   }
   if (hostname !== "") {
     return { problem: "is on another host: write file:/// before the path" };
@@ -1355,7 +1393,9 @@ export function filePath(address: string): Parsed<string> {
   try {
     return { value: decodeURIComponent(pathname) };
   } catch {
-    return { problem: 'is not a URL: write "%25" for each "%" of the path' };
+    return {
+      problem: 'is not a valid URL: write each "%" in the path as "%25"',
+    };
   }
 }
 
@@ -1369,6 +1409,10 @@ function fileProblem(error: unknown): string {
 }
 
 function decodeText(bytes: Uint8Array): Read<string> {
+  // A strict decoder takes three times as long.
+  const text = new TextDecoder().decode(bytes);
+  if (!text.includes("\ufffd")) return { value: text };
+
   try {
     return { value: new TextDecoder("utf-8", { fatal: true }).decode(bytes) };
   } catch (cause) {
@@ -1385,14 +1429,15 @@ function hasUtf16Bom([first, second]: Uint8Array): boolean {
 }
 
 /**
- * Fetches a text without following redirects. Proxies of the environment apply.
+ * Fetches text without following redirects. Proxies set in the environment
+ * apply.
  */
 async function fetchText(
   address: string,
   options: { timeoutMs: number; signal: AbortSignal | undefined },
 ): Promise<Read<string>> {
   const { timeoutMs, signal } = options;
-  if (!URL.canParse(address)) return { problem: "is not a URL" };
+  if (!URL.canParse(address)) return { problem: "is not a valid URL" };
 
   const { hostname, port, protocol } = new URL(address);
   requireNet(
@@ -1422,7 +1467,7 @@ async function fetchText(
   }
 }
 
-/** Reads the body of an answer, if it can be an inventory. */
+/** Reads the body of a response, if it may be an inventory. */
 async function readResponse(
   response: Response,
 ): Promise<Parsed<Uint8Array>> {
@@ -1457,16 +1502,16 @@ function responseProblem({ status, headers }: Response): string | undefined {
 }
 
 function fetchProblem(error: unknown): string {
-  // What fetch says is a chain in which the URL comes before the reason.
+  // The message from fetch is a chain that names the URL before the reason.
   const reason = errorText(error).split(": ").at(-1);
   return `cannot be fetched (${reason})`;
 }
 
 /**
- * Creates the error for a default inventory that is missing: which file, in
- * which folder, and what to do.
+ * Creates the error for a missing default inventory. It names the file and the
+ * folder, and says what to do.
  *
- * @param alternative a variable that could stand for an inventory
+ * @param alternative a variable that can be set instead of having an inventory
  */
 export function missingInventory(alternative?: string): HostsConfigError {
   const canRead = isGranted({ name: "read", path: "." });
@@ -1484,7 +1529,9 @@ export function missingInventory(alternative?: string): HostsConfigError {
   return new HostsConfigError(DEFAULT_CONFIG_PATH, [{ path: "", message }]);
 }
 
-/** Says how to set a variable, and the flag with which it may be read. */
+/**
+ * Advises setting a variable, with the flag that allows reading it if needed.
+ */
 function settingAdvice(variable: string): string {
   const canRead = isGranted({ name: "env", variable });
   const flag = canRead ? "" : ` (and run with --allow-env=${variable})`;
@@ -1492,7 +1539,7 @@ function settingAdvice(variable: string): string {
   return `set ${variable}${flag}`;
 }
 
-/** Reports whether there is a file; false if that may not be known. */
+/** Reports whether a file exists; false without permission to look. */
 function fileExists(path: string): boolean {
   if (!isGranted({ name: "read", path })) return false;
 
@@ -1508,8 +1555,8 @@ function isGranted(permission: Deno.PermissionDescriptor): boolean {
 }
 
 /**
- * Reads an environment variable, trimmed; `undefined` if it is not set, is
- * blank or may not be read.
+ * Reads an environment variable, trimmed; returns `undefined` if it is unset or
+ * blank, or may not be read.
  */
 export function readVariable(name: string): string | undefined {
   if (!isGranted({ name: "env", variable: name })) return undefined;
@@ -1520,30 +1567,30 @@ export function readVariable(name: string): string | undefined {
 
 // --- Parsing ---
 
-/** An inventory, and what it says. */
+/** An inventory, and what was parsed from it. */
 interface ParsedConfig {
   readonly config: HostsConfig;
   /** The valid nodes, in the order of the file. */
   readonly nodes: Map<string, ClusterNode>;
   readonly eloSync: EloSyncConfig;
   /**
-   * Whether a node takes its data port from {@linkcode
-   * UNIFIED_CONFIG_VARIABLE}.
+   * Whether any node takes its data port from the file named by
+   * {@linkcode UNIFIED_CONFIG_VARIABLE}.
    */
   readonly needsUnifiedPort: boolean;
 }
 
-/** What was found in an inventory: it can be used if there is no problem. */
+/** What was found in an inventory, which is usable if it has no problems. */
 interface Inspection {
   readonly parsed?: ParsedConfig;
   readonly problems: readonly ConfigProblem[];
-  /** Warnings about spelling, which nothing but the text shows. */
+  /** Warnings about spelling, which only the text reveals. */
   readonly warnings: readonly ConfigProblem[];
 }
 
 /**
- * What the configs that were parsed here say. They are frozen, so it stays
- * true.
+ * What was parsed from each config. The configs are frozen, so this stays
+ * valid.
  */
 const parsedConfigs = new WeakMap<object, ParsedConfig>();
 
@@ -1551,8 +1598,8 @@ const parsedConfigs = new WeakMap<object, ParsedConfig>();
  * Loads an inventory: the file, URL or object given, else the file named by
  * `RINGRIFT_HOSTS_CONFIG`, else {@linkcode DEFAULT_CONFIG_PATH}.
  *
- * Give the result to every function that takes a source, and the file is read
- * once.
+ * Pass the result to every function that takes a source, so that the file is
+ * read only once.
  *
  * @example Load an inventory once, and use it twice
  * ```ts
@@ -1589,7 +1636,8 @@ async function loadParsed(
 }
 
 /**
- * Loads an inventory; returns `undefined` if it is the default file and missing.
+ * Loads an inventory; returns `undefined` if the default file is needed but
+ * missing.
  */
 async function loadIfThere(
   source?: ConfigSource,
@@ -1616,7 +1664,7 @@ function requireSource(source: unknown): void {
     !(source instanceof Map);
   if (source !== undefined && !isText && !isConfig) {
     const given = typeof source === "string"
-      ? "a blank text"
+      ? "a blank string"
       : givenName(source);
     throw new TypeError(
       `Expected a path, a URL or a config such as { hosts }, got ${given}`,
@@ -1631,7 +1679,10 @@ function requireSource(source: unknown): void {
   }
 }
 
-/** Parses a caller's object every time, since it may have changed. */
+/**
+ * Parses a config object. A caller's own is parsed every time, since it may
+ * have changed.
+ */
 function parseConfigObject(source: HostsConfig): ParsedConfig {
   requireSource(source);
 
@@ -1640,14 +1691,16 @@ function parseConfigObject(source: HostsConfig): ParsedConfig {
 
   const origin = "config object";
   if (treeSize(source) === Infinity) {
-    const message = "holds itself, or is nested too deeply";
+    const message = "contains itself, or is nested too deeply";
     throw new HostsConfigError(origin, [{ path: "", message }]);
   }
 
   return requireParsed(inspectDocument(source), origin);
 }
 
-/** Returns what was parsed. Throws all the problems, if there are any. */
+/**
+ * Returns what was parsed; throws an error with all problems if there are any.
+ */
 function requireParsed(inspection: Inspection, origin: string): ParsedConfig {
   const { parsed, problems } = inspection;
   if (parsed && problems.length === 0) return parsed;
@@ -1656,8 +1709,8 @@ function requireParsed(inspection: Inspection, origin: string): ParsedConfig {
 }
 
 /**
- * Parses the text of an inventory; `origin` names it in errors. An empty text is
- * an empty cluster.
+ * Parses the text of an inventory; `origin` names it in errors. Empty text
+ * means an empty cluster.
  *
  * @throws {HostsConfigError} if it has problems
  */
@@ -1670,17 +1723,17 @@ export function parseHostsConfig(
 
 /** What {@linkcode validateHostsConfig} finds, in the order of the file. */
 export interface ConfigReport {
-  /** The inventory, if it has no problem. */
+  /** The inventory, if it has no problems. */
   config?: HostsConfig;
   /** What is wrong. */
   problems: ConfigProblem[];
-  /** What is allowed, and probably not meant. */
+  /** What is allowed but probably not intended. */
   warnings: ConfigProblem[];
 }
 
 /**
- * Finds every problem of an inventory, and what is allowed and probably not
- * meant: warnings. Both are in the order of the file.
+ * Finds every problem in an inventory, and warns about what is allowed but
+ * probably not intended. Both lists are in the order of the file.
  *
  * @example Check an inventory before it is used
  * ```ts
@@ -1698,8 +1751,8 @@ export function validateHostsConfig(text: string): ConfigReport {
 }
 
 /**
- * Does what {@linkcode validateHostsConfig} does for a text from `origin`: what
- * came by http(s) may not say which programs run on this machine.
+ * Does what {@linkcode validateHostsConfig} does, for text from `origin`: an
+ * inventory from an http(s) URL may not choose programs to run on this machine.
  */
 export function inspectConfig(text: string, origin: string): ConfigReport {
   const inspection = inspectText(text, origin);
@@ -1725,7 +1778,7 @@ export function inspectConfig(text: string, origin: string): ConfigReport {
   return isUsable ? { config: parsed.config, ...located } : located;
 }
 
-/** Parses and checks a text, and freezes what it says. */
+/** Parses and checks the text of an inventory, and freezes the result. */
 function inspectText(text: string, origin: string): Inspection {
   const yaml = parseYaml(text);
   if ("problem" in yaml) {
@@ -1747,7 +1800,7 @@ function inspectText(text: string, origin: string): Inspection {
 }
 
 /**
- * Freezes a finite tree. What is frozen already is taken to be so throughout.
+ * Freezes a finite tree. Values already frozen are assumed to be deeply frozen.
  */
 function deepFreeze(value: unknown): void {
   if (typeof value !== "object" || value === null) return;
@@ -1757,14 +1810,14 @@ function deepFreeze(value: unknown): void {
   for (const key in value) deepFreeze((value as Record<string, unknown>)[key]);
 }
 
-/** A value of YAML, or the problem with the text and its place. */
+/** A parsed YAML value, or the problem with the text and where it is. */
 type YamlResult =
   | { readonly value: unknown }
   | { readonly problem: Omit<ConfigProblem, "path"> };
 
 /**
- * Parses YAML. In the `failsafe` schema, what is no list or mapping stays the
- * text that was written.
+ * Parses YAML. With the `failsafe` schema, every scalar stays the string that
+ * was written.
  */
 function parseYaml(
   text: string,
@@ -1780,8 +1833,8 @@ function parseYaml(
   }
 
   try {
-    // The core schema leaves dates as they are written, and knows no merge
-    // keys, which @std/yaml would expand without a bound.
+    // The core schema leaves dates as written, and has no merge keys, which
+    // @std/yaml would expand without limit.
     const document: unknown = parse(text, { schema });
     return expandDocument(document, text);
   } catch (error) {
@@ -1795,20 +1848,21 @@ function parseYaml(
   }
 }
 
-/** Says why a text is no YAML at all. */
+/** Explains why text cannot be YAML at all; returns `undefined` if it can. */
 function textProblem(text: string): string | undefined {
-  // A page to log in can be valid YAML, and would be an empty cluster.
+  // A login page can be valid YAML, and would look like an empty cluster.
   if (/^\s*<[!?a-z]/i.test(text)) return "is HTML or XML, not YAML";
-  if (text.includes("\0")) return "holds a NUL character: is it a text file?";
+  if (text.includes("\0")) {
+    return "contains a NUL character: is it a text file?";
+  }
 
   return undefined;
 }
 
 /**
- * Finds the line of a tab in the indentation, outside of text blocks and JSON.
+ * Finds the first line indented with a tab, outside of block scalars and JSON.
  *
- * With such a tab, `@std/yaml` (seen with 1.2.0) flattens the file without a
- * word.
+ * On such a tab, `@std/yaml` (seen with 1.2.0) silently flattens the file.
  */
 function findTab(text: string): number | undefined {
   const isJson = /^\s*[{[]/.test(text);
@@ -1829,12 +1883,12 @@ function findTab(text: string): number | undefined {
   return undefined;
 }
 
-/** Expands aliases and merge keys, if that gives a tree of sound size. */
+/** Expands aliases and merge keys, if the resulting tree is not too large. */
 function expandDocument(document: unknown, text: string): YamlResult {
   if (!text.includes("&") && !text.includes("<<")) return { value: document };
 
   if (treeSize(document) > text.length + MAX_ALIASED_VALUES) {
-    const message = "has aliases that make it endless or too deep";
+    const message = "has aliases that make it too large or too deep";
     return { problem: { message } };
   }
 
@@ -1849,8 +1903,8 @@ function expandDocument(document: unknown, text: string): YamlResult {
 }
 
 /**
- * Counts the values of a tree, those of an alias wherever it stands. It is
- * infinite if a value holds itself, or is nested too deeply.
+ * Counts the values of a tree; aliased values count each time they occur. The
+ * count is infinite if a value contains itself or is nested too deeply.
  */
 function treeSize(
   value: unknown,
@@ -1875,15 +1929,15 @@ function treeSize(
   return size;
 }
 
-/** The merge of a document: what is done already, and whether it failed. */
+/** The state of a merge: what is already done, and whether it failed. */
 interface Merge {
   readonly done: Map<object, unknown>;
   isBroken: boolean;
 }
 
 /**
- * Replaces each merge key (`<<`) by what it names. A mapping's own keys win,
- * then those of the first mapping that is merged.
+ * Replaces each merge key (`<<`) with the keys it names. A mapping's own keys
+ * win, then those of the mapping that is merged first.
  */
 function mergeKeys(value: unknown, merge: Merge): unknown {
   if (typeof value !== "object" || value === null) return value;
@@ -1891,41 +1945,36 @@ function mergeKeys(value: unknown, merge: Merge): unknown {
   const done = merge.done.get(value);
   if (done !== undefined) return done;
 
-  const merged = Array.isArray(value)
-    ? value.map((item) => mergeKeys(item, merge))
-    : mergeMapping(value, merge);
+  const tree = value as Record<string, unknown>;
+  const merged = Object.hasOwn(tree, "<<") ? mergeMapping(tree, merge) : tree;
+  merge.done.set(tree, merged).set(merged, merged);
 
-  merge.done.set(value, merged);
+  for (const key of Object.keys(merged)) {
+    merged[key] = mergeKeys(merged[key], merge);
+  }
   return merged;
 }
 
-function mergeMapping(mapping: object, merge: Merge): unknown {
-  const { "<<": source = [], ...own } = mapping as Record<string, unknown>;
-  const merged = new Map<string, unknown>();
+function mergeMapping(
+  mapping: Record<string, unknown>,
+  merge: Merge,
+): Record<string, unknown> {
+  const { "<<": source, ...own } = mapping;
+  let merged: Record<string, unknown> = {};
 
   for (const item of [source].flat()) {
     const base = mergeKeys(item, merge);
-    if (!isMapping(base)) {
+    if (isMapping(base)) {
+      merged = { ...merged, ...base, ...merged };
+    } else {
       merge.isBroken = true;
-      continue;
-    }
-
-    for (const [key, value] of Object.entries(base)) {
-      if (!merged.has(key)) merged.set(key, value);
     }
   }
 
-  for (const [key, value] of Object.entries(own)) {
-    merged.set(key, mergeKeys(value, merge));
-  }
-
-  // Unlike an assignment, this makes an ordinary key of `__proto__`.
-  return Object.fromEntries(merged);
+  return { ...merged, ...own };
 }
 
-/**
- * Says what is wrong with the syntax, without the source that the error shows.
- */
+/** Explains a syntax error, without the source that its message quotes. */
 function syntaxProblem(
   error: SyntaxError,
   text: string,
@@ -1945,7 +1994,8 @@ function syntaxProblem(
     return { message, ...place };
   }
 
-  // After the reason comes the source; at its end, quoted, names out of it.
+  // The reason is followed by the source, and may itself end with a quoted name
+  // from the source.
   const [first = ""] = error.message.split(/ at line \d+, column \d+|\n/, 1);
   const reason = first.replace(/ (?:"|!<).*/s, "");
   const message = "is not valid YAML: " +
@@ -1954,24 +2004,26 @@ function syntaxProblem(
   return { message, ...place };
 }
 
-/** Returns where an error of `@std/yaml` is, as far as it says. */
+/** Returns the position that an `@std/yaml` error gives, if any. */
 function placeOf(error: SyntaxError): { line?: number; column?: number } {
   const { line, column } = error as { line?: number; column?: number };
   if (line === undefined || column === undefined) return {};
 
-  // A duplicate key may be said to be before the line begins.
+  // The column given for a duplicate key may be before the start of the line.
   return { line, column: Math.max(1, column) };
 }
 
-/** What is known of a document besides its values. */
+/** What is known about a document besides its values. */
 interface DocumentOptions {
   /** The text that it was parsed from. */
   readonly text?: string;
-  /** Whether it came by http(s). */
+  /** Whether it came from an http(s) URL. */
   readonly isRemote?: boolean;
 }
 
-/** Parses what the toolkit uses of a document, and collects its problems. */
+/**
+ * Parses the parts of a document that this module uses; collects its problems.
+ */
 function inspectDocument(
   document: unknown,
   { text = "", isRemote = false }: DocumentOptions = {},
@@ -1989,7 +2041,8 @@ function inspectDocument(
     ? eloSync.problems
     : [{ path: "elo_sync", message: "expected a mapping" }];
 
-  // That section is another program's: only a mapping can hold what is used.
+  // This section belongs to another program: if it is not a mapping, it is
+  // ignored.
   const shared = parseSection("distributed", distributed, DISTRIBUTED_FIELDS);
   const defaults = parseDefaults(document.defaults, isRemote);
   const defaultValues = { ...shared.values, ...defaults.values };
@@ -2019,7 +2072,7 @@ function inspectDocument(
   return { parsed, problems, warnings: spelling.warnings };
 }
 
-/** Returns the document as a config, which has hosts even if there are none. */
+/** Returns the document as a config, with empty `hosts` if it has none. */
 function configOf(document: Record<string, unknown>): HostsConfig {
   if (isMapping(document.hosts)) return document as HostsConfig;
 
@@ -2053,7 +2106,7 @@ function parseSection(
   };
 }
 
-/** Parses the fields that `defaults` gives to hosts: those that it sets. */
+/** Parses the fields that `defaults` sets for hosts. */
 function parseDefaults(section: unknown, isRemote: boolean): Section {
   if (!isUnset(section) && !isMapping(section)) {
     const message = `expected a mapping, got ${typeName(section)}`;
@@ -2087,14 +2140,14 @@ function remoteProgramProblem(path: string): ConfigProblem {
   return {
     path: `${path}.${HOST_FIELDS.sshOptions.key}`,
     message: "runs a program on this machine, which an inventory from a URL " +
-      "may not: use a file",
+      "must not do: use a file",
   };
 }
 
 interface HostsOptions {
   /** The names of the hosts, in the order of the file. */
   readonly names: readonly string[];
-  /** The values of `defaults`, by field. */
+  /** The values of `defaults` and `distributed`, by field. */
   readonly defaults: Readonly<Record<string, unknown>>;
   readonly isRemote: boolean;
 }
@@ -2106,7 +2159,7 @@ function parseHosts(
   const nodes = new Map<string, ClusterNode>();
   if (!isMapping(hosts)) {
     const given = typeName(hosts);
-    const message = `expected a mapping from names to hosts, got ${given}`;
+    const message = `expected a mapping of names to hosts, got ${given}`;
     return { nodes, problems: [{ path: "hosts", message }] };
   }
 
@@ -2148,7 +2201,7 @@ function parseHosts(
   return { nodes, problems };
 }
 
-/** Replaces the fallbacks of a table by the values of `defaults`. */
+/** Replaces the fallbacks of a table with the values of `defaults`. */
 function withFallbacks(
   table: FieldTable,
   defaults: Readonly<Record<string, unknown>>,
@@ -2162,7 +2215,7 @@ function withFallbacks(
 }
 
 /**
- * Reports whether a host itself has an option of ssh that runs a program here.
+ * Reports whether a host itself sets an ssh option that runs a program here.
  */
 function hasOwnProgram(
   entry: HostEntry,
@@ -2174,13 +2227,13 @@ function hasOwnProgram(
   return isOwn && options.some(runsProgramHere);
 }
 
-/** Joins the place of a mapping and a key in it. */
+/** Joins the path of a mapping and one of its keys. */
 function pathOf(parent: string, key: string): string {
   const shown = hasControlCharacter(key) ? JSON.stringify(key) : key;
   return parent === "" ? shown : `${parent}.${shown}`;
 }
 
-/** What the text of an inventory says beyond its values. */
+/** What the text of an inventory reveals beyond its values. */
 interface Spelling {
   /** The names of the hosts, in the order of the file. */
   readonly names: readonly string[];
@@ -2188,21 +2241,21 @@ interface Spelling {
   readonly warnings: readonly ConfigProblem[];
 }
 
-/** The sections that mean something here. */
+/** The sections that this module uses. */
 const SECTIONS = ["hosts", "defaults", "elo_sync", "distributed"];
 
 /** The keys of ports in these sections. */
 const PORT_KEYS = ["ssh_port", "data_server_port", "sync_port"];
 
-/** A number without quotes that has a leading zero, a base or underscores. */
+/** An unquoted number with a leading zero, a base prefix or underscores. */
 const ODD_NUMBER = /(?:[\s,[{]|["']:)[-+]?(?:0[\dbx_]|\d+_)/;
 
 /**
- * Compares the names and numbers of a document with how they are written.
+ * Compares the names and numbers of a document with how they were written.
  *
- * YAML reads the name `010` as 8, and an object lists integer keys first. Only if
- * a name or a number looks affected is the text parsed again, with every scalar
- * as a string.
+ * YAML reads the name `010` as 8, and an object lists integer keys first. The
+ * text is parsed again, with every scalar as a string, only if a name or a
+ * number looks affected.
  */
 function checkSpelling(
   text: string,
@@ -2217,7 +2270,8 @@ function checkSpelling(
   }
 
   const yaml = parseYaml(text, "failsafe");
-  // A tag such as `!!float` is unknown there: what is written stays unknown too.
+  // That schema rejects tags such as `!!float`; names and numbers then stay
+  // unchecked.
   const written = "value" in yaml && isMapping(yaml.value) ? yaml.value : {};
   const numbers = checkNumbers(document, written);
 
@@ -2228,14 +2282,12 @@ function checkSpelling(
   };
 }
 
-/**
- * Reports whether a name is what a number, a boolean or null becomes as a key.
- */
+/** Reports whether a name may have been a number, a boolean or null in YAML. */
 function isNameOfValue(name: string): boolean {
   return String(Number(name)) === name || /^(?:true|false|null)$/.test(name);
 }
 
-/** Sorts names by where they stand. Those that are not found come first. */
+/** Sorts names by their position in the text. Names not found come first. */
 function sortAsWritten(
   names: readonly string[],
   text: string,
@@ -2249,7 +2301,7 @@ function sortAsWritten(
   return located.sort(byPlace).map(({ name }) => name);
 }
 
-/** Finds the written names that are none of the hosts'. */
+/** Finds names in the text that no parsed host has. */
 function checkNames(
   hosts: Readonly<Record<string, unknown>>,
   written: unknown,
@@ -2261,11 +2313,11 @@ function checkNames(
   );
   return misread.map((name) => ({
     path: pathOf("hosts", name),
-    message: "YAML reads this name as another one: put it in quotes",
+    message: "YAML reads this name as something else: put it in quotes",
   }));
 }
 
-/** Finds numbers that are not what most people take them for. */
+/** Finds numbers whose value most people would not expect. */
 function checkNumbers(
   document: Record<string, unknown>,
   written: Record<string, unknown>,
@@ -2308,7 +2360,7 @@ function isOctal(digits: string): boolean {
   return /^[-+]?0[0-7_]*[1-7][0-7_]*$/.test(digits);
 }
 
-/** A number of a document, and the text that it was read from. */
+/** A number in a document, and the text that it was read from. */
 interface WrittenNumber {
   /** The mapping that it is in. */
   readonly holder: Readonly<Record<string, unknown>>;
@@ -2319,8 +2371,8 @@ interface WrittenNumber {
 }
 
 /**
- * Finds the numbers in a document's mappings, those of an alias once. Lists,
- * and what is nested too deeply to be worth a path, are left out.
+ * Finds the numbers in a document's mappings; those in an aliased mapping only
+ * once. Lists are skipped, and so are mappings whose path is too long.
  */
 function findNumbers(
   document: Record<string, unknown>,
@@ -2330,7 +2382,7 @@ function findNumbers(
   const seen = new Set<unknown>();
   const mappings = [{ path: "", holder: document, texts: written }];
 
-  // Those that are found on the way are visited too.
+  // Mappings that are added on the way are visited too.
   for (const { path: parent, holder, texts } of mappings) {
     if (parent.length > MAX_PATH_LENGTH || seen.has(holder)) continue;
     seen.add(holder);
@@ -2351,7 +2403,7 @@ function findNumbers(
 }
 
 /**
- * Adds to problems where they are, as far as it is known, and sorts them by it.
+ * Adds to each problem its position, if known, and sorts the problems by it.
  */
 function locate(
   problems: readonly ConfigProblem[],
@@ -2373,13 +2425,13 @@ function locate(
   return located.sort(byPlace);
 }
 
-/** Compares places in a text. What has none comes first. */
+/** Compares positions in a text. A missing position comes first. */
 function byPlace(a: Partial<Place> = {}, b: Partial<Place> = {}): number {
   const lines = (a.line ?? 0) - (b.line ?? 0);
   return lines !== 0 ? lines : (a.column ?? 0) - (b.column ?? 0);
 }
 
-/** Finds the place of a path, or else that of what holds it. */
+/** Finds the position of a path, or else of its closest parent that has one. */
 function findPlace(
   path: string,
   places: ReadonlyMap<string, Place>,
@@ -2392,7 +2444,7 @@ function findPlace(
   return places.get(known);
 }
 
-/** Where a key stands, both from 1. */
+/** The position of a key; both numbers count from 1. */
 interface Place {
   readonly line: number;
   readonly column: number;
@@ -2400,56 +2452,58 @@ interface Place {
 
 /** The keys of a text. */
 interface FoundKeys {
-  /** Where the key of each path stands first, in the order of the text. */
+  /** The first position of each path's key, in the order of the text. */
   readonly places: ReadonlyMap<string, Place>;
-  /** The first key that stands in its mapping a second time. */
+  /** The first key that occurs a second time in its mapping. */
   readonly repeated: (Place & { readonly name: string }) | undefined;
 }
 
-/** Finds where the keys of an inventory stand. */
+/** Finds the positions of the keys in an inventory. */
 function findKeys(text: string): FoundKeys {
   return new KeyFinder(text).find();
 }
 
-/** A mapping or a list that is open where the finder stands. */
+/** A mapping or a list that is open at the finder's position. */
 interface OpenNode {
-  /** The column of a key or an item in block style; infinite in brackets. */
+  /** The column of a key or an item in block style; infinite in flow style. */
   readonly column: number;
-  /** The path of the keys in it. */
+  /** The path that its keys belong to. */
   readonly path: string;
 }
 
 const ROOT: OpenNode = { column: -1, path: "" };
 
-/** The longest path that is told. Longer ones would take too long. */
+/**
+ * The maximum length of a path that is tracked. Longer ones would take too
+ * long.
+ */
 const MAX_PATH_LENGTH = 500;
 
-/** What may stand before a key or a value: anchors, tags, the `?` of a key. */
+/** What may precede a key or a value: anchors, tags, the `?` of a key. */
 const PROPERTIES = /(?:(?:[&!][^\s,[\]{}]*|\?(?=\s|$))[ \t]*)*/y;
 
-/** What ends a scalar without quotes, in block style and in flow style. */
+/** What ends an unquoted scalar, in block style and in flow style. */
 const END_OF_PLAIN = /:(?=\s|$)|[ \t]#|\n/g;
 const END_OF_FLOW_PLAIN = /:(?=[\s,[\]{}]|$)|[ \t]#|[\n,[\]{}]/g;
 
 /**
- * Finds keys in valid YAML, in block style, in flow style or as JSON, in time
- * linear in the text.
+ * Finds keys in valid YAML (block style, flow style or JSON) in linear time.
  *
- * It knows no more of YAML than that takes. It does not find what an alias or a
- * merge key brings, keys that are aliases or collections, and keys in paths
- * longer than {@linkcode MAX_PATH_LENGTH}.
+ * It understands only as much of YAML as that requires. It does not find keys
+ * that come from an alias or a merge key, keys that are aliases or collections,
+ * or keys in paths longer than {@linkcode MAX_PATH_LENGTH}.
  */
 class KeyFinder {
   readonly #text: string;
   readonly #places = new Map<string, Place>();
   readonly #open: OpenNode[] = [];
   #repeated: FoundKeys["repeated"];
-  /** The path of the keys in a mapping that begins here. */
+  /** The path of a mapping that begins at this position. */
   #path = "";
   #at = 0;
   #line = 1;
   #lineStart = 0;
-  /** Lines that are indented by more go on with the scalar before them. */
+  /** Lines indented by more than this continue the scalar before them. */
   #scalarColumn = Infinity;
 
   constructor(text: string) {
@@ -2495,7 +2549,9 @@ class KeyFinder {
     }
   }
 
-  /** Reads an item's dash, a key or a scalar; reports if more may follow. */
+  /**
+   * Reads an item's dash, a key or a scalar; reports whether more may follow.
+   */
   #readKey(): boolean {
     const column = this.#column();
     if (this.#skip(/-(?=\s|$)[ \t]*/y)) {
@@ -2521,7 +2577,7 @@ class KeyFinder {
     return false;
   }
 
-  /** Closes the keys and items that end where one stands in a column. */
+  /** Closes the keys and items that end where a new one starts at `column`. */
   #closeBlocks(column: number): void {
     while (this.#top().column >= column) this.#open.pop();
   }
@@ -2562,7 +2618,7 @@ class KeyFinder {
     if (this.#skip(/\s*:/y)) this.#addKey(scalar, place);
   }
 
-  /** Adds a key of what is open, and goes on in its path. */
+  /** Adds a key to the innermost open node, and continues in its path. */
   #addKey(scalar: string, place: Place): void {
     const name = unquote(scalar);
     const path = pathOf(this.#top().path, name);
@@ -2576,15 +2632,12 @@ class KeyFinder {
     }
   }
 
-  /** Returns a path that nothing else has, for what stands under no key. */
+  /** Returns a unique path for what has no key of its own. */
   #newPath(): string {
     return `\n${this.#at}`;
   }
 
-  /**
-   * Reads a scalar, which without quotes goes on to `end`, or to the end of the
-   * line.
-   */
+  /** Reads a scalar. An unquoted one extends to the next match of `end`. */
   #readScalar(end: RegExp): string {
     const start = this.#at;
     const stop = this.#sees(/["']/y)
@@ -2603,7 +2656,7 @@ class KeyFinder {
     return this.#open.at(-1) ?? ROOT;
   }
 
-  /** Returns the column where it stands, from 0. */
+  /** Returns the current column, counted from 0. */
   #column(): number {
     return this.#at - this.#lineStart;
   }
@@ -2617,13 +2670,13 @@ class KeyFinder {
     this.#moveTo(end < 0 ? this.#text.length : end + 1);
   }
 
-  /** Reports whether a sticky pattern fits here. */
+  /** Reports whether a sticky pattern matches here. */
   #sees(pattern: RegExp): boolean {
     pattern.lastIndex = this.#at;
     return pattern.test(this.#text);
   }
 
-  /** Moves over what a sticky pattern finds here, if it finds anything. */
+  /** Skips what a sticky pattern matches here; reports whether it does. */
   #skip(pattern: RegExp): boolean {
     const isFound = this.#sees(pattern);
     if (isFound) this.#moveTo(pattern.lastIndex);
@@ -2644,7 +2697,7 @@ class KeyFinder {
   }
 }
 
-/** Finds the end of a text in quotes that begins at `start`. */
+/** Finds the end of a quoted string that begins at `start`. */
 function endOfQuoted(text: string, start: number): number {
   const quote = text[start];
   const step = quote === '"' ? /"|\\[^]/g : /''|'/g;
@@ -2665,7 +2718,7 @@ function isQuoted(scalar: string): boolean {
   return /^["']/.test(scalar);
 }
 
-/** Returns the text of a scalar that may be in quotes. */
+/** Returns the text of a scalar, which may be quoted. */
 function unquote(scalar: string): string {
   if (!isQuoted(scalar)) return scalar;
 
@@ -2681,7 +2734,7 @@ function unquote(scalar: string): string {
 
 // --- Warnings ---
 
-/** Finds what is allowed in an inventory, and probably not meant. */
+/** Finds what is allowed in an inventory but probably not intended. */
 function findWarnings(parsed: ParsedConfig): ConfigProblem[] {
   const { config, nodes } = parsed;
   const hosts = Object.entries<unknown>(config.hosts);
@@ -2709,8 +2762,8 @@ function findWarnings(parsed: ParsedConfig): ConfigProblem[] {
 }
 
 /**
- * Finds keys that are like a known one which is not set. A known one with an
- * "s", such as `gpus`, is a key of the user's own.
+ * Finds keys that resemble a known key that is not set. Within a section, a
+ * known key plus "s", such as `gpus`, counts as a custom key.
  */
 function findTypos(
   path: string,
@@ -2743,7 +2796,11 @@ function findDefaultsWarnings(defaults: unknown): ConfigProblem[] {
   const typos = findTypos("defaults", defaults, HOST_KEYS);
   const misspelt = new Set(typos.map(({ path }) => path));
 
-  const warnings = [...typos, ...findPlaceholders("defaults", defaults)];
+  const warnings = [
+    ...typos,
+    ...findPlaceholders("defaults", defaults),
+    ...findUnknownStatus("defaults", defaults.status),
+  ];
   for (const key of Object.keys(defaults)) {
     const path = pathOf("defaults", key);
     if (HOST_KEYS.includes(key) || misspelt.has(path)) continue;
@@ -2755,7 +2812,7 @@ function findDefaultsWarnings(defaults: unknown): ConfigProblem[] {
   return warnings;
 }
 
-/** Finds host fields in `distributed`, where they have no effect. */
+/** Finds typos in `distributed`, and host fields that have no effect there. */
 function findDistributedWarnings(distributed: unknown): ConfigProblem[] {
   if (!isMapping(distributed)) return [];
 
@@ -2765,7 +2822,7 @@ function findDistributedWarnings(distributed: unknown): ConfigProblem[] {
   for (const key of HOST_KEYS) {
     if (known.includes(key) || isUnset(distributed[key])) continue;
 
-    const message = "has no effect here: move it to the section defaults";
+    const message = 'has no effect here: move it to the "defaults" section';
     warnings.push({ path: `distributed.${key}`, message });
   }
 
@@ -2774,34 +2831,29 @@ function findDistributedWarnings(distributed: unknown): ConfigProblem[] {
 
 function findHostWarnings(name: string, entry: HostEntry): ConfigProblem[] {
   const path = pathOf("hosts", name);
-  const warnings = [
+  return [
     ...findTypos(path, entry, HOST_KEYS),
     ...findPlaceholders(path, entry),
+    ...findUnknownStatus(path, entry.status),
   ];
-
-  const message = statusWarning(entry.status);
-  if (message !== undefined) {
-    warnings.push({ path: `${path}.status`, message });
-  }
-
-  return warnings;
 }
 
-function statusWarning(written: unknown): string | undefined {
-  if (typeof written !== "string" || isUnset(written)) return undefined;
+function findUnknownStatus(parent: string, written: unknown): ConfigProblem[] {
+  if (typeof written !== "string" || isUnset(written)) return [];
 
   const status = written.trim().toLowerCase();
   const known = [...ACTIVE_STATUSES, ...INACTIVE_STATUSES];
-  if (known.includes(status)) return undefined;
+  if (known.includes(status)) return [];
 
   const meant = known.find((word) => isTypo(status, word));
-  if (meant !== undefined) return `unknown status; did you mean "${meant}"?`;
-
-  return "unknown status, treated as active; the inactive ones are " +
-    INACTIVE_STATUSES.join(", ");
+  const inactive = INACTIVE_STATUSES.join(", ");
+  const message = meant === undefined
+    ? `unknown status, treated as active; the inactive ones are ${inactive}`
+    : `unknown status; did you mean "${meant}"?`;
+  return [{ path: `${parent}.status`, message }];
 }
 
-/** Finds values that were left to be filled in: `<ip>`, `100.x.x.x`. */
+/** Finds values that still have to be filled in: `<ip>`, `100.x.x.x`. */
 function findPlaceholders(path: string, entry: HostEntry): ConfigProblem[] {
   const warnings: ConfigProblem[] = [];
 
@@ -2810,7 +2862,7 @@ function findPlaceholders(path: string, entry: HostEntry): ConfigProblem[] {
     if (typeof value !== "string" || value.trim() === "") continue;
 
     if (isUnset(value) || isMaskedAddress(value.trim())) {
-      const message = "is a placeholder: put the real value";
+      const message = "is a placeholder: replace it with the real value";
       warnings.push({ path: `${path}.${key}`, message });
     }
   }
@@ -2818,17 +2870,14 @@ function findPlaceholders(path: string, entry: HostEntry): ConfigProblem[] {
   return warnings;
 }
 
-/**
- * Reports whether an address has parts that were made unreadable:
- * `203.0.113.x`.
- */
+/** Reports whether an address has masked parts, as in `203.0.113.x`. */
 function isMaskedAddress(text: string): boolean {
   return /^(?:\S+@)?[\dx]+(?:\.[\dx]+){0,2}\.x+[\dx.]*$/i.test(text);
 }
 
 /**
- * Finds active nodes whose every data endpoint is shared with another node: an
- * answer does not say which of them is up.
+ * Finds active nodes that share every data endpoint with other nodes, so that
+ * an answer does not tell which of them is up.
  */
 function findSharedEndpoints(nodes: Iterable<ClusterNode>): ConfigProblem[] {
   const shared = sharedEndpoints([...nodes]);
@@ -2844,7 +2893,7 @@ function findSharedEndpoints(nodes: Iterable<ClusterNode>): ConfigProblem[] {
     const names = foldNames(group.map(({ name }) => name));
     const message = `${names} share the data endpoint ${url}, so one answer ` +
       "marks all of them as up: set tailscale_ip, data_server_port or " +
-      "data_server_url, or check them by --ssh";
+      "data_server_url, or check them with --ssh";
     warnings.push({ path: pathOf("hosts", first.name), message });
   }
 
@@ -2863,7 +2912,10 @@ function findCoordinatorWarnings(parsed: ParsedConfig): ConfigProblem[] {
 
   if (!Object.hasOwn(config.hosts, coordinator)) {
     if (isUnset(written)) {
-      return [{ path, message: "is not set: name the node that coordinates" }];
+      return [{
+        path,
+        message: "is not set: set it to the name of the coordinator",
+      }];
     }
 
     const meant = didYouMean(coordinator, Object.keys(config.hosts));
@@ -2876,7 +2928,8 @@ function findCoordinatorWarnings(parsed: ParsedConfig): ConfigProblem[] {
 }
 
 /**
- * Says that an inventory has no hosts, and which section was probably meant.
+ * Explains that an inventory has no hosts, and names the section that was
+ * probably meant to hold them.
  */
 function noHostsProblem(config: HostsConfig): ConfigProblem {
   const section = Object.keys(config).find((key) => isLikeHosts(key, config));
@@ -2889,7 +2942,8 @@ function noHostsProblem(config: HostsConfig): ConfigProblem {
 }
 
 /**
- * Reports whether a section is named like `hosts`, or holds what hosts hold.
+ * Reports whether a section has a name like `hosts`, or entries with host
+ * fields.
  */
 function isLikeHosts(key: string, config: HostsConfig): boolean {
   const section = config[key];
@@ -2906,10 +2960,10 @@ function isLikeHosts(key: string, config: HostsConfig): boolean {
 // --- Getters ---
 
 /**
- * Gets all nodes by name, in the order of the inventory.
+ * Gets all nodes, keyed by name, in the order of the inventory.
  *
- * A node without a data port of its own, or of the inventory's, has that of the
- * file named by `RINGRIFT_CONFIG_PATH`, if it sets one.
+ * A node whose data port the inventory does not set gets the one from the file
+ * named by `RINGRIFT_CONFIG_PATH`, if that file sets one.
  *
  * @example Print the nodes of an inventory
  * ```ts
@@ -2932,7 +2986,7 @@ export async function getClusterNodes(
   return await loadNodes(source);
 }
 
-/** Loads all nodes by name, with the options of a caller that has some. */
+/** Loads all nodes, keyed by name, with options for loading the inventory. */
 async function loadNodes(
   source?: ConfigSource,
   options: LoadOptions = {},
@@ -2941,8 +2995,8 @@ async function loadNodes(
 }
 
 /**
- * Returns the nodes; those that need it have the data port of another program's
- * config.
+ * Returns the nodes; those that need it get the data port from another
+ * program's config.
  */
 async function withUnifiedPort(
   { nodes, needsUnifiedPort }: ParsedConfig,
@@ -2962,7 +3016,7 @@ async function withUnifiedPort(
   return changed;
 }
 
-/** Reads the data port that another program's config sets, if it does. */
+/** Reads the data port from another program's config, if that sets one. */
 async function readUnifiedPort(): Promise<number | undefined> {
   const variable = UNIFIED_CONFIG_VARIABLE;
   const path = readVariable(variable);
@@ -2993,8 +3047,8 @@ async function readUnifiedPort(): Promise<number | undefined> {
 }
 
 /**
- * Reports whether a node takes its data port from the file that
- * `RINGRIFT_CONFIG_PATH` names, so that this file is read.
+ * Reports whether any node takes its data port from the file named by
+ * `RINGRIFT_CONFIG_PATH`, so that this file is read.
  *
  * @throws {HostsConfigError} if the inventory cannot be used
  */
@@ -3045,7 +3099,7 @@ export async function getEloSyncConfig(
   return eloSync;
 }
 
-/** A name or an address, and a port. */
+/** The host and port of the coordinator's Elo database. */
 export interface CoordinatorAddress {
   /** A host name, or an address without brackets. */
   readonly hostname: string;
@@ -3054,9 +3108,9 @@ export interface CoordinatorAddress {
 }
 
 /**
- * Gets the address of the coordinator's Elo database: the node's, else that in
- * `RINGRIFT_COORDINATOR_IP`; `undefined` if there is neither. The variable also
- * counts if there is no default inventory.
+ * Gets the address of the coordinator's Elo database: the address of its node,
+ * else the one in `RINGRIFT_COORDINATOR_IP`; `undefined` if there is neither.
+ * The variable is also used if the default inventory is missing.
  *
  * @throws {HostsConfigError} if the inventory or the variable cannot be used
  */
@@ -3074,7 +3128,7 @@ export async function getCoordinatorAddress(
   return { hostname, port: eloSync.syncPort };
 }
 
-/** Returns the address that stands for an inventory that is not there. */
+/** Returns the address to use if the default inventory is missing. */
 function fallbackAddress(): CoordinatorAddress {
   const hostname = readCoordinatorHost();
   if (hostname === undefined) throw missingInventory(COORDINATOR_VARIABLE);
@@ -3096,20 +3150,22 @@ function readCoordinatorHost(): string | undefined {
 
 // --- Names ---
 
-/** How many patterns that match nothing an error lists. */
+/** The maximum number of unmatched patterns that an error lists. */
 const MAX_LISTED_PATTERNS = 10;
 
-/** Which nodes {@linkcode selectNodes} keeps. An unset field excludes none. */
+/**
+ * Which nodes {@linkcode selectNodes} keeps: those that match every field set.
+ */
 export interface NodeSelection {
   /**
-   * Exact names, else comma lists of globs (`gpu-*`) and ranges (`gpu-[1-8]`,
-   * `gpu-[01-16,20]`, `gpu-[0-14/2]`).
+   * Exact names, globs (`gpu-*`) and ranges (`gpu-[1-8]`, `gpu-[01-16,20]`,
+   * `gpu-[0-14/2]`). Each string may be a comma-separated list.
    *
    * @default {undefined} every node
    */
   readonly names?: readonly string[] | undefined;
   /**
-   * The nodes to leave out, written like `names`.
+   * The nodes to leave out, in the same form as `names`.
    *
    * @default {undefined} none
    */
@@ -3121,21 +3177,21 @@ export interface NodeSelection {
    */
   readonly roles?: readonly string[] | undefined;
   /**
-   * Statuses, ignoring case. Naming an inactive one also selects its nodes.
+   * Statuses, ignoring case. Inactive statuses may be listed too.
    *
    * @default {undefined} any active status
    */
   readonly statuses?: readonly string[] | undefined;
   /**
-   * Parts of GPU names, ignoring case: `h100` finds `GH100` too.
+   * Parts of GPU names, ignoring case: `h100` also matches `GH100`.
    *
-   * @default {undefined} any GPU, and none
+   * @default {undefined} any GPU or none
    */
   readonly gpus?: readonly string[] | undefined;
   /**
-   * Keys of a host, its own or known ones, and the values that they may have.
+   * Keys of a host, known or custom, and the values to accept for each.
    *
-   * Values are compared as text; every key has to fit.
+   * Values are compared as text; every key has to match.
    *
    * @default {{}}
    */
@@ -3143,8 +3199,8 @@ export interface NodeSelection {
     | Readonly<Record<string, string | readonly string[]>>
     | undefined;
   /**
-   * Whether nodes that are not active are kept. One that `names` names exactly
-   * always is.
+   * Whether inactive nodes are kept. Those that `names` lists by their exact
+   * names are kept anyway. Neither applies if `statuses` is set.
    *
    * @default {false}
    */
@@ -3152,8 +3208,8 @@ export interface NodeSelection {
 }
 
 /**
- * Selects nodes by name, role, status, GPU and keys of their own; without a
- * selection, the active ones. The order stays that of the nodes.
+ * Selects nodes by name, role, status, GPU and other keys; without a selection,
+ * the active ones. The order of the nodes is kept.
  *
  * Zero padding in a range is significant: `[08-12]` matches 08, not 8.
  * Next to a wildcard, a range matches whole numbers only: `*[1-3]` does not
@@ -3175,8 +3231,9 @@ export interface NodeSelection {
  * assertEquals(selected.map((node) => node.name), ["gpu-2", "gpu-3"]);
  * ```
  *
- * @throws {RangeError} if a pattern matches no node, or cannot be read
- * @throws {TypeError} if a field has the wrong type, such as a name for a list
+ * @throws {RangeError} if a pattern matches no node or is invalid
+ * @throws {TypeError} if a field has the wrong type, such as a string instead
+ * of a list
  */
 export function selectNodes(
   nodes: Iterable<ClusterNode>,
@@ -3227,7 +3284,7 @@ export function selectNodes(
 }
 
 /**
- * Validates a selection without any nodes, so that a fault of it is reported
+ * Validates a selection without any nodes, so that a mistake in it is reported
  * before an inventory is fetched.
  */
 function requireSelection(selection: NodeSelection): void {
@@ -3275,7 +3332,7 @@ function lowerCase(text: string): string {
   return text.toLowerCase();
 }
 
-/** Returns the values of a node under a key, known or its own, as text. */
+/** Returns the values that a node has for a known or custom key, as text. */
 function valuesOf(node: ClusterNode, key: string): string[] {
   const field = HOST_FIELD_NAMES.find((it) => HOST_FIELDS[it].key === key);
   const own = Object.hasOwn(node.entry, key) ? node.entry[key] : undefined;
@@ -3284,10 +3341,10 @@ function valuesOf(node: ClusterNode, key: string): string[] {
   return [value].flat().filter((item) => !isUnset(item)).map(String);
 }
 
-/** What the patterns of a list take. */
+/** The nodes that a list of patterns matches. */
 interface NameMatches {
   readonly matched: ReadonlySet<ClusterNode>;
-  /** Those of them whose exact names stand in the list. */
+  /** The matched nodes whose exact names are in the list. */
   readonly exact: ReadonlySet<ClusterNode>;
 }
 
@@ -3314,7 +3371,10 @@ function matchNames(
   return { matched, exact };
 }
 
-/** Splits a comma list. A comma in brackets separates ranges, not names. */
+/**
+ * Splits a comma-separated list. A comma in brackets separates ranges, not
+ * names.
+ */
 function splitNames(list: string): string[] {
   const parts = list.match(/(?:\[[^\]]*\]?|[^,[]+)+/g) ?? [];
   const elements = parts.map((part) => part.trim()).filter(Boolean);
@@ -3326,7 +3386,7 @@ function nodesLike(
   nodes: readonly ClusterNode[],
   pattern: string,
 ): ClusterNode[] {
-  // Anything else is an exact name, which was looked up before.
+  // Anything else is an exact name, which was already looked up.
   const isPattern = /[[*?]/.test(pattern);
   if (!isPattern) return [];
 
@@ -3350,7 +3410,7 @@ function noMatch(
   return new RangeError(`No node matches ${listed.join(", ")}`);
 }
 
-/** Returns what to write instead of a pattern that matches no name. */
+/** Suggests what to write instead of a pattern that matches no name. */
 function patternHint(
   pattern: string,
   names: readonly string[],
@@ -3358,14 +3418,17 @@ function patternHint(
   const operator = operatorHint(pattern);
   if (operator !== undefined) return operator;
 
-  // Of something like `-gpu-2`, a hint could name a node to be left out.
+  // For something like `-gpu-2`, a hint could name a node meant to be left out.
   if (!/^[\p{L}\p{N}_[*?]/u.test(pattern)) return undefined;
 
   const meant = meantAsDigits(pattern, names) ?? didYouMean(pattern, names);
   return meant && `did you mean ${JSON.stringify(meant)}?`;
 }
 
-/** Answers the operators of clush, pdsh, Ansible and the shell. */
+/**
+ * Suggests what to use instead of operators of clush, pdsh, Ansible or the
+ * shell.
+ */
 function operatorHint(pattern: string): string | undefined {
   const excluded = /(?:[!^]|^-)(.*)$/s.exec(pattern)?.[1];
   if (excluded !== undefined) {
@@ -3400,7 +3463,7 @@ function meantAsDigits(
   return names.some(compilePattern(meant)) ? meant : undefined;
 }
 
-/** A part of a pattern that takes any text. */
+/** A part of a pattern that matches any text. */
 const ANY_TEXT = Symbol("*");
 
 /**
@@ -3415,7 +3478,7 @@ type PatternPart =
 const PATTERN_TOKEN = /\[[^\]]*\]?|\*+|\?|[^[*?]+/gs;
 
 /**
- * Compiles a glob with ranges into a predicate of one name.
+ * Compiles a glob with ranges into a predicate that tests a name.
  *
  * @example Test a name
  * ```ts
@@ -3427,7 +3490,7 @@ const PATTERN_TOKEN = /\[[^\]]*\]?|\*+|\?|[^[*?]+/gs;
  * assert(!matches("gpu-9"));
  * ```
  *
- * @throws {RangeError} if the pattern cannot be read
+ * @throws {RangeError} if the pattern is invalid
  */
 export function compilePattern(pattern: string): (name: string) => boolean {
   const tokens = pattern.match(PATTERN_TOKEN) ?? [];
@@ -3454,7 +3517,7 @@ export function compilePattern(pattern: string): (name: string) => boolean {
   return (name) => matchesParts(name, parts);
 }
 
-/** Follows every way through the parts at once, so that time is linear. */
+/** Tries all ways to match the parts at once, so that it never backtracks. */
 function matchesParts(
   name: string,
   parts: readonly PatternPart[],
@@ -3496,7 +3559,7 @@ function parsePart(token: string, neighbours: Neighbours): Parsed<PatternPart> {
     : { value: literally(token) };
 }
 
-/** Creates the part of a pattern that takes one text. */
+/** Creates the part of a pattern that matches exactly `text`. */
 function literally(text: string): PatternPart {
   return (name, at) => name.startsWith(text, at) ? [at + text.length] : [];
 }
@@ -3509,7 +3572,7 @@ function oneCharacter(name: string, at: number): readonly number[] {
 }
 
 /**
- * Parses what stands in brackets. Next to a wildcard, it matches whole numbers
+ * Parses the contents of brackets. Next to a wildcard, they match whole numbers
  * only.
  */
 function parseNumbers(
@@ -3558,7 +3621,7 @@ interface NumberRange {
   has(digits: string): boolean;
 }
 
-/** Parses a range as Slurm does: `08-12` is 08, 09, 10; `8-12` is 8, 9, 10. */
+/** Parses a range as Slurm does: `08-12` starts with 08, `8-12` with 8. */
 function parseRange(text: string): NumberRange | undefined {
   const match = /^\s*(\d+)(?:\s*-\s*(\d+)(?:\s*\/\s*(\d+))?)?\s*$/.exec(text);
   const [, from, upTo, by = "1"] = match ?? [];
@@ -3593,10 +3656,10 @@ function isPadded(digits: string): boolean {
 }
 
 /**
- * Folds names into one list that `names` of {@linkcode NodeSelection} takes
- * back as exactly the same names: `n[1-3].dc1,head`.
+ * Folds names into one string, such as `n[1-3].dc1,head`. Used in `names` of
+ * {@linkcode NodeSelection}, the string matches exactly these names.
  *
- * One number of each name is folded, wherever it stands. Zero-padded numbers are
+ * One number in each name is folded, at any position. Zero-padded numbers are
  * folded only with numbers of the same width.
  *
  * @example Fold names
@@ -3608,8 +3671,9 @@ function isPadded(digits: string): boolean {
  * assertEquals(foldNames(names), "gpu-[1-2,5],head");
  * ```
  *
- * @throws {RangeError} if no node could have one of the names, such as `a,b`
- * @throws {TypeError} if a single name is given
+ * @throws {RangeError} if one of the names is not valid for a node, such as
+ * `a,b`
+ * @throws {TypeError} if a string is given instead of a list
  */
 export function foldNames(names: Iterable<string>): string {
   if (typeof names === "string") {
@@ -3631,16 +3695,16 @@ export function foldNames(names: Iterable<string>): string {
   return Array.from(groups.values(), formatGroup).join(",");
 }
 
-/** A name around the number in it that is folded. */
+/** A name, split around the number that is folded. */
 interface Fold {
-  /** The same for all names that can stand in one range. */
+  /** The same for all names that can be folded into one range. */
   readonly key: string;
   readonly before: string;
   readonly digits: string;
   readonly after: string;
 }
 
-/** Returns the ways to fold a name, its last number first, unfolded last. */
+/** Returns the ways to fold a name: its last number first, no number last. */
 function foldsOf(name: string): Fold[] {
   const problem = findNameProblem(name);
   if (problem !== undefined) {
@@ -3648,7 +3712,7 @@ function foldsOf(name: string): Fold[] {
   }
 
   const folds: Fold[] = [];
-  // Longer numbers are not exact.
+  // Longer numbers would lose precision.
   const numbers = [...name.matchAll(/(?<!\d)\d{1,15}(?!\d)/g)];
 
   for (const { 0: digits, index } of numbers.reverse()) {
@@ -3656,7 +3720,8 @@ function foldsOf(name: string): Fold[] {
     const after = name.slice(index + digits.length);
     const around = `${before}*${after}`;
 
-    // 10 can stand among 8 and 9, or among 08 and 09; 08 only among 08 and 09.
+    // 10 can be in a range with 8 and 9 or with 08 and 09; 08 only with 09 and
+    // 10.
     if (!isPadded(digits)) {
       folds.push({ key: `${around}*`, before, digits, after });
     }
@@ -3668,7 +3733,7 @@ function foldsOf(name: string): Fold[] {
   return folds;
 }
 
-/** Returns the fold that most names share; among equals, the first. */
+/** Returns the fold that most names share; in a tie, the first. */
 function largest(
   folds: readonly Fold[],
   sizes: ReadonlyMap<string, number>,
@@ -3707,24 +3772,23 @@ function foldNumbers(numbers: readonly string[]): string {
 
 // --- Endpoints ---
 
-/** One place where a node may be reached. */
+/** One endpoint where a node may be reached. */
 export interface Endpoint {
-  /** The protocol that is spoken there. */
+  /** The protocol spoken there. */
   readonly protocol: "http" | "https" | "ssh";
-  /** A name or an address; IPv6 without brackets, perhaps with a zone. */
+  /** A host name or address; IPv6 without brackets, possibly with a zone. */
   readonly host: string;
   /** The port, from 1 to 65535. */
   readonly port: number;
-  /** The path under which the server answers, without a slash at its end. */
+  /** The base path of the server, without a trailing slash. */
   readonly path: string;
 }
 
 /**
  * Returns the endpoints of a node's data server, best first.
  *
- * With a port, they are each address at that port. Without one,
- * `dataServerUrl` is the data server, if it is set; otherwise each address at
- * `dataServerPort` is.
+ * With `port`, these are all addresses at that port. Without it, they are
+ * `dataServerUrl` alone if that is set, else all addresses at `dataServerPort`.
  */
 export function dataEndpoints(node: ClusterNode, port?: number): Endpoint[] {
   if (port === undefined && node.dataServerUrl !== undefined) {
@@ -3754,9 +3818,9 @@ export function urlEndpoint(url: string): Endpoint {
 /**
  * Returns the endpoints of a node's SSH server, best first.
  *
- * With `sshPort` 22, Tailscale comes first. Any other port is usually a proxy at
- * `sshHost`: `sshHost` comes first, then the Tailscale address at that port and
- * at 22.
+ * With `sshPort` 22, the Tailscale address comes first. Any other port usually
+ * belongs to a proxy at `sshHost`: `sshHost` comes first, then the Tailscale
+ * address at that port and at 22.
  */
 export function sshEndpoints(node: ClusterNode): Endpoint[] {
   const { addresses, sshPort } = node;
@@ -3768,7 +3832,7 @@ export function sshEndpoints(node: ClusterNode): Endpoint[] {
     path: "",
   });
 
-  // The one address of a node may be either.
+  // If there is only one address, it does not matter which one it is.
   if (tailscale === undefined || sshHost === undefined) {
     return addresses.map((host) => at(host, sshPort));
   }
@@ -3777,7 +3841,7 @@ export function sshEndpoints(node: ClusterNode): Endpoint[] {
   return [at(sshHost, sshPort), at(tailscale, sshPort), at(tailscale, 22)];
 }
 
-/** Returns the endpoints that a check contacts: those of ssh, or of data. */
+/** Returns the endpoints that a check may contact: SSH or data endpoints. */
 export function checkedEndpoints(
   node: ClusterNode,
   options: Pick<ProbeOptions, "check" | "port"> = {},
@@ -3787,8 +3851,8 @@ export function checkedEndpoints(
 }
 
 /**
- * Returns the path that a check asks for: the caller's, else the node's
- * `statusPath` at the port of its data server, else `/status`.
+ * Returns the path that a check requests: the caller's, else the node's
+ * `statusPath` if the port is that of its data server, else `/status`.
  */
 export function statusPath(
   node: ClusterNode,
@@ -3806,15 +3870,17 @@ export function statusPath(
 /**
  * Returns the URL of a path at an endpoint: `http://100.64.0.1:8766/status`.
  *
- * The protocol's own port is left out. The `%` before an IPv6 zone is `%25`,
- * as RFC 6874 has it.
+ * The protocol's default port is omitted. The `%` before an IPv6 zone becomes
+ * `%25`, as in RFC 6874.
  */
 export function endpointUrl(endpoint: Endpoint, path: string = ""): string {
   const authority = urlAuthority(endpoint).replace("%", "%25");
   return `${endpoint.protocol}://${authority}${endpoint.path}${path}`;
 }
 
-/** Returns the `Host` header of an endpoint: its URL's, without a zone. */
+/**
+ * Returns the `Host` header for an endpoint: as in its URL, but without a zone.
+ */
 function hostHeader(endpoint: Endpoint): string {
   return urlAuthority({ ...endpoint, host: withoutZone(endpoint.host) });
 }
@@ -3824,7 +3890,7 @@ function urlAuthority({ protocol, host, port }: Endpoint): string {
   return isDefault ? withBrackets(host) : hostPort(host, port);
 }
 
-/** Returns `host:port`, an IPv6 address in brackets. */
+/** Returns `host:port`, with an IPv6 address in brackets. */
 export function hostPort(host: string, port: number): string {
   return `${withBrackets(host)}:${port}`;
 }
@@ -3837,16 +3903,16 @@ function withoutZone(host: string): string {
   return host.replace(/%.*$/s, "");
 }
 
-/** Tells an IP address from a name. */
+/** Reports whether a host is an IP address, not a name. */
 function isAddress(host: string): boolean {
   return host.includes(":") || isIpv4(host);
 }
 
 /**
- * Finds the data endpoints that several active nodes have, where one answer
+ * Finds the data endpoints that several active nodes share, so that one answer
  * counts for all of them.
  *
- * @returns the URL of each such endpoint, and its nodes, two or more
+ * @returns the two or more nodes at each such endpoint, keyed by its URL
  */
 export function sharedEndpoints(
   nodes: Iterable<ClusterNode>,
@@ -3876,14 +3942,14 @@ export function sharedEndpoints(
 
 // --- Permissions ---
 
-/** Linux refuses a single argument of 128 KiB. */
+/** The maximum length of a flag: Linux rejects a single argument of 128 KiB. */
 const MAX_FLAG_LENGTH = 100_000;
 
-/** Nobody reads or types a longer list. */
+/** The maximum number of endpoints to list: nobody reads or types more. */
 const MAX_LISTED_ENDPOINTS = 64;
 
 /**
- * Returns Deno's flag that permits contact with endpoints:
+ * Returns the Deno flag that allows contacting endpoints:
  * `--allow-net=a:1,b:2`; `--allow-net` alone if the list would be too long.
  */
 export function netFlag(endpoints: Iterable<Endpoint>): string {
@@ -3894,14 +3960,16 @@ export function netFlag(endpoints: Iterable<Endpoint>): string {
   return list.length > MAX_FLAG_LENGTH ? "--allow-net" : `--allow-net=${list}`;
 }
 
-/** Returns a host and port as Deno's permissions have them: without a zone. */
+/**
+ * Returns a host and port in the form of Deno's permissions: without a zone.
+ */
 function netTarget(host: string, port: number): string {
   return hostPort(withoutZone(host), port);
 }
 
 /**
- * Returns the flag with which checks that were denied can be made, or
- * `undefined` if none was denied.
+ * Returns the flag that allows the checks that were denied, or `undefined` if
+ * none was denied.
  */
 export function missingNetFlag(
   probes: Iterable<NodeProbe>,
@@ -3931,7 +3999,7 @@ function isNetGranted(host: string, port: number): boolean {
     const descriptor = { name: "net", host: netTarget(host, port) } as const;
     return Deno.permissions.querySync(descriptor).state === "granted";
   } catch {
-    // Deno cannot parse this host. The connection will say so.
+    // Deno cannot parse this host. Connecting to it will report that.
     return true;
   }
 }
@@ -3945,7 +4013,7 @@ function requirePermission(
   if (state !== "granted") throw notCapable(what, flag);
 }
 
-/** Creates the error for a missing permission, which names the flag. */
+/** Creates the error for a missing permission; its message names the flag. */
 export function notCapable(what: string, flag: string): Error {
   return new Deno.errors.NotCapable(`Requires ${what}: run again with ${flag}`);
 }
@@ -3953,7 +4021,7 @@ export function notCapable(what: string, flag: string): Error {
 // --- The HTTP answer ---
 
 const READ_BUFFER_BYTES = 2048;
-/** The most that TLS sends in one piece. */
+/** The maximum size of a TLS record. */
 const TLS_BUFFER_BYTES = 16 * 1024;
 const MAX_HEAD_BYTES = 64 * 1024;
 const MAX_BODY_BYTES = 1024 * 1024;
@@ -3967,7 +4035,9 @@ interface Connection {
   write(data: Uint8Array): Promise<number>;
 }
 
-/** A fault of a node's answer, or of this machine, with its code. */
+/**
+ * A failure of a check, caused by the node or by this machine, with its code.
+ */
 class ProbeFault extends Error {
   constructor(readonly code: FailureCode, message: string) {
     super(message);
@@ -3986,10 +4056,10 @@ function tooLarge(what: string, maxBytes: number): ProbeFault {
 }
 
 /**
- * Asks for a path, and gives the JSON object that is answered, if it is one.
+ * Requests a path, and returns the answer if it is a JSON object.
  *
- * This is no `fetch`, which would obey the proxies of the environment, and no
- * `node:http`, which takes twice the time.
+ * It does not use `fetch`, which would obey proxies set in the environment, or
+ * `node:http`, which takes twice as long.
  */
 async function requestStatus(
   connection: Connection,
@@ -4021,7 +4091,9 @@ async function writeAll(
   }
 }
 
-/** Reads an answer. At another path than `/status`, any 2xx answer will do. */
+/**
+ * Reads an answer. At any path other than `/status`, every 2xx answer is valid.
+ */
 async function readAnswer(
   reader: ResponseReader,
   isStatusPage: boolean,
@@ -4079,14 +4151,14 @@ function parseStatus(body: Uint8Array): Parsed<StatusDocument> {
       problem: `the answer is JSON, but ${typeName(value)}, not an object`,
     };
   }
-  // JSON.parse() reads what is too deep for JSON.stringify().
+  // JSON.parse() accepts nesting that is too deep for JSON.stringify().
   if (treeSize(value) === Infinity) {
     return { problem: "the answer is nested too deeply" };
   }
   return { value };
 }
 
-/** Parses JSON, and Python's, whose `NaN` and `Infinity` count as null. */
+/** Parses JSON, also with Python's `NaN` and `Infinity`, which become null. */
 function parseJson(body: Uint8Array): Parsed<unknown> {
   try {
     const text = new TextDecoder("utf-8", { fatal: true }).decode(body);
@@ -4101,8 +4173,8 @@ function parseJson(body: Uint8Array): Parsed<unknown> {
 }
 
 function nanToNull(text: string): string {
-  // Strings are matched too, so that a NaN in one is left alone. The quote at
-  // the end is optional: without that, a hostile answer takes minutes.
+  // Strings are matched too, so that a NaN in one is left alone. The closing
+  // quote is optional: otherwise, a hostile answer could take minutes.
   const tokens = /"(?:[^"\\]|\\[^])*"?|-?\b(?:NaN|Infinity)\b/g;
   return text.replace(
     tokens,
@@ -4118,26 +4190,26 @@ const LATIN1 = new TextDecoder("latin1");
 export class ResponseReader {
   readonly #connection: Pick<Connection, "read">;
   #buffer: Bytes = new Uint8Array(READ_BUFFER_BYTES);
-  /** What stands between these two was read and is not taken yet. */
+  /** The bytes between these two were read but not taken yet. */
   #start = 0;
   #end = 0;
 
-  /** Makes a reader of what `connection` sends. */
+  /** Creates a reader of what `connection` sends. */
   constructor(connection: Pick<Connection, "read">) {
     this.#connection = connection;
   }
 
-  /** How many bytes were read and are not taken yet. */
+  /** The number of bytes that were read but not taken yet. */
   get #available(): number {
     return this.#end - this.#start;
   }
 
-  /** What was read and is not taken yet. */
+  /** The bytes that were read but not taken yet. */
   get pending(): Bytes {
     return this.#buffer.subarray(this.#start, this.#end);
   }
 
-  /** Reads once; `false` at the end of the stream. */
+  /** Reads once; returns `false` at the end of the stream. */
   async fill(): Promise<boolean> {
     if (this.#end === this.#buffer.length) this.#makeRoom();
 
@@ -4147,9 +4219,7 @@ export class ResponseReader {
     return count !== null;
   }
 
-  /**
-   * Goes on in a new buffer, so that bytes which were taken stay as they are.
-   */
+  /** Continues in a new buffer, so that bytes already taken stay unchanged. */
   #makeRoom(): void {
     const { pending } = this;
     this.#buffer = new Uint8Array(
@@ -4169,15 +4239,15 @@ export class ResponseReader {
   }
 
   /**
-   * Takes a line, and returns it without its end.
+   * Takes a line, and returns it without its line ending.
    *
-   * @throws {ProbeFault} what `tooLong` returns, if the line has more bytes than
+   * @throws {ProbeFault} the result of `tooLong`, if the line is longer than
    * `maxBytes`
    */
   async line(maxBytes: number, tooLong: () => ProbeFault): Promise<string> {
     let searched = 0;
     while (true) {
-      // What was not read yet is zeros.
+      // The part of the buffer that is not filled yet is all zeros.
       const at = this.#buffer.indexOf(NEWLINE, this.#start + searched);
       const length = at < 0 ? this.#available : at - this.#start;
       if (length > maxBytes) throw tooLong();
@@ -4188,7 +4258,7 @@ export class ResponseReader {
     }
   }
 
-  /** Takes all that comes until the end of the stream. */
+  /** Takes everything up to the end of the stream. */
   async rest(): Promise<Bytes> {
     while (await this.fill()) {
       if (this.#available > MAX_BODY_BYTES) {
@@ -4210,15 +4280,15 @@ export class ResponseReader {
   }
 }
 
-/** The status code and the headers of an answer, their names in lower case. */
+/** The status code and the headers of an answer, with names in lower case. */
 interface ResponseHead {
   readonly status: number;
   readonly headers: Map<string, string>;
 }
 
 /**
- * Reads the head of an answer, after any that say 1xx; all of them share one
- * limit. Exported for the tests.
+ * Reads the head of an answer, skipping any 1xx heads; all of them share one
+ * size limit. Exported for the tests.
  */
 export async function readHead(reader: ResponseReader): Promise<ResponseHead> {
   let room = MAX_HEAD_BYTES;
@@ -4240,7 +4310,7 @@ function headTooLarge(): ProbeFault {
   return tooLarge("the head of the answer", MAX_HEAD_BYTES);
 }
 
-/** Refuses what is not HTTP at the first byte that differs. */
+/** Rejects an answer that is not HTTP at the first byte that differs. */
 async function expectHttp(reader: ResponseReader): Promise<void> {
   const start = "HTTP/";
   while (true) {
@@ -4307,7 +4377,7 @@ export async function readBody(
   return await reader.take(Number(length));
 }
 
-/** Reads a body that comes in chunks. */
+/** Reads a body in the chunked transfer encoding. */
 async function readChunks(reader: ResponseReader): Promise<Bytes> {
   const badChunk = () => badResponse("a chunk size is missing or wrong");
   const chunks: Bytes[] = [];
@@ -4332,14 +4402,14 @@ async function readChunks(reader: ResponseReader): Promise<Bytes> {
 // --- One probe ---
 
 /**
- * How long an endpoint has until the next one is tried beside it, as in RFC
- * 8305.
+ * How long to wait for an endpoint before the next one is tried in parallel, as
+ * in RFC 8305.
  */
 const FALLBACK_DELAY_MS = 250;
 
 /**
- * More lookups would fill Deno's pool of blocking threads, on which file reads
- * wait too.
+ * The maximum number of lookups at a time. More would fill Deno's pool of
+ * blocking threads, which file reads need too.
  */
 const MAX_LOOKUPS = 16;
 
@@ -4351,8 +4421,8 @@ const UNKNOWN_NAME_MESSAGE = "the name does not resolve";
 const MAX_GREETING_LINES = 100;
 
 /**
- * A JSON object that a node answered. The keys that RingRift's servers send are
- * typed, but only that it is an object is checked.
+ * The JSON object in a node's answer. The keys that RingRift's servers send are
+ * typed but not validated: it may be any object.
  */
 export interface StatusDocument {
   /** The version of the server. */
@@ -4364,15 +4434,15 @@ export interface StatusDocument {
 }
 
 /**
- * The state of a node: `up`; `unhealthy`, if it accepted but gave no usable
- * answer; `down`, if no address accepted; `unknown`, if it could not be checked
- * from here.
+ * The state of a node: `up`; `unhealthy`, if it accepted a connection but gave
+ * no usable answer; `down`, if no address accepted one; `unknown`, if it could
+ * not be checked from here.
  */
 export type NodeState = "up" | "unhealthy" | "down" | "unknown";
 
 /**
- * Why a node is not up. `denied` and `local-resource` are faults of this side,
- * so that the state of the node is `unknown`.
+ * Why a node is not up. `denied` and `local-resource` are problems on this
+ * side, so the state of the node is `unknown`.
  */
 export type FailureCode =
   | "timeout"
@@ -4391,9 +4461,9 @@ export type FailureCode =
 
 /** Why a node is not up, for programs and for people. */
 export interface ProbeFailure {
-  /** The kind of fault. */
+  /** The kind of failure. */
   readonly code: FailureCode;
-  /** The fault in words; it may hold text of the node, unescaped. */
+  /** The failure in words; it may contain unescaped text from the node. */
   readonly message: string;
 }
 
@@ -4406,18 +4476,17 @@ export interface NodeProbe {
   readonly node: ClusterNode;
   /** The state of the node. */
   readonly state: NodeState;
-  /** The host of the endpoint that accepted, as configured. */
+  /** The host of the endpoint that accepted the connection, as configured. */
   readonly address: string | undefined;
   /** The port that was checked. */
   readonly port: number;
-  /** Milliseconds until that endpoint accepted. */
+  /** Milliseconds until that endpoint accepted the connection. */
   readonly connectMs: number | undefined;
   /**
-   * Milliseconds until the answer was complete; `undefined` if only accepting
-   * was checked.
+   * Milliseconds until the answer was complete; `undefined` for a TCP check.
    */
   readonly responseMs: number | undefined;
-  /** The JSON object that the node answered. */
+  /** The JSON object that the node answered with. */
   readonly status: StatusDocument | undefined;
   /** Why the node is not up. */
   readonly failure: ProbeFailure | undefined;
@@ -4430,28 +4499,28 @@ export interface NodeProbe {
 /** Options of {@linkcode probeNode}. */
 export interface ProbeOptions {
   /**
-   * The port to check, at each address. It does not go with `check: "ssh"`.
+   * The port to check, at each address. It cannot be used with `check: "ssh"`.
    *
-   * @default {node.dataServerPort}
+   * @default {undefined} the port of the node's data server
    */
   readonly port?: number | undefined;
   /**
-   * The path to ask for. On another port than that of the node's data server,
+   * The path to request. If `port` is not the port of the node's data server,
    * the default is `/status`.
    *
    * @default {node.statusPath}
    */
   readonly path?: string | undefined;
   /**
-   * What a node has to do to be up: answer over HTTP (at `/status` with a 2xx
-   * status and a JSON object, at any other path with a 2xx status), accept a
-   * TCP connection, or greet as an SSH server at one of its SSH endpoints.
+   * What a node has to do to count as up: answer over HTTP (at `/status` with a
+   * 2xx status and a JSON object, at any other path with a 2xx status), accept
+   * a TCP connection, or greet as an SSH server at one of its SSH endpoints.
    *
    * @default {"http"}
    */
   readonly check?: "http" | "tcp" | "ssh" | undefined;
   /**
-   * The deadline for all that is done for a node, in milliseconds.
+   * The time limit for the whole check of a node, in milliseconds.
    *
    * @default {5000}
    */
@@ -4460,7 +4529,7 @@ export interface ProbeOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Throws at options that no check could be done with; contacts nothing. */
+/** Throws if no check is possible with these options; contacts nothing. */
 function requireProbeOptions(options: SweepOptions): void {
   const { check, port, path, timeoutMs, concurrency, onProbe } = options;
 
@@ -4489,7 +4558,7 @@ function requireProbeOptions(options: SweepOptions): void {
   }
 }
 
-/** Options of a check, with their defaults. */
+/** Options of a check, with defaults applied. */
 interface ProbeSettings {
   readonly check: keyof typeof CHECKS;
   readonly port: number | undefined;
@@ -4498,7 +4567,9 @@ interface ProbeSettings {
   readonly concurrency: number;
   readonly signal: AbortSignal | undefined;
   readonly onProbe: SweepOptions["onProbe"];
-  /** Whether every host may be contacted, which saves a query for each node. */
+  /**
+   * Whether every host may be contacted, which saves a query for each endpoint.
+   */
   readonly isNetOpen: boolean;
 }
 
@@ -4518,7 +4589,7 @@ function probeSettings(options: SweepOptions): ProbeSettings {
   };
 }
 
-/** What is known of one endpoint when its check is over. */
+/** The outcome of checking one endpoint. */
 interface EndpointOutcome
   extends Omit<NodeProbe, "node" | "port" | "endpoints"> {
   readonly endpoint: Endpoint;
@@ -4540,8 +4611,8 @@ const STATE_RANK: Readonly<Record<NodeState, number>> = {
 };
 
 /**
- * Checks one node until `deadline` aborts, whose reason is a {@linkcode
- * ProbeTimeout}.
+ * Checks one node until `deadline` aborts. On a timeout, the abort reason is a
+ * {@linkcode ProbeTimeout}.
  */
 async function probeOne(
   node: ClusterNode,
@@ -4555,7 +4626,8 @@ async function probeOne(
   const path = statusPath(node, settings);
   const check = (endpoint: Endpoint, signal: AbortSignal) =>
     checkEndpoint(endpoint, path, settings, signal);
-  // Most nodes have one endpoint, and need no controllers and timers of a race.
+  // Most nodes have one endpoint, and need no race with its controllers and
+  // timers.
   const outcome = endpoints.length === 1
     ? await check(first, deadline)
     : bestOutcome(await raceEndpoints(endpoints, check, deadline));
@@ -4597,7 +4669,7 @@ async function raceEndpoints(
     if (signal.aborted) break;
 
     const attempt = check(endpoint, signal).then((outcome) => {
-      // If descriptors run out, those of the other attempts are released.
+      // If descriptors run out, the other attempts end and release theirs.
       const isShort = outcome.failure === NO_DESCRIPTORS;
       if (outcome.state === "up" || isShort) over.abort();
       return outcome;
@@ -4629,7 +4701,7 @@ function bestOutcome(outcomes: readonly EndpointOutcome[]): EndpointOutcome {
   );
   if (best.state === "up") return best;
 
-  // Another endpoint may be up, and could not be tried.
+  // An endpoint that could not be tried may be up.
   const untried = outcomes.find(({ failure }) => failure === NO_DESCRIPTORS);
   if (untried) return untried;
 
@@ -4645,8 +4717,8 @@ function bestOutcome(outcomes: readonly EndpointOutcome[]): EndpointOutcome {
 }
 
 /**
- * What a check does with a connection that was accepted; it throws if the node
- * is not up.
+ * What a check does with an accepted connection; it throws if the node is not
+ * up.
  */
 type Check = (
   tcp: Deno.TcpConn,
@@ -4688,7 +4760,7 @@ function notSsh(): ProbeFault {
   return badResponse("the answer is not that of an SSH server");
 }
 
-/** Checks one endpoint: connects, then does what the check asks. */
+/** Checks one endpoint: connects, then runs the check. */
 async function checkEndpoint(
   endpoint: Endpoint,
   path: string,
@@ -4711,8 +4783,8 @@ async function checkEndpoint(
     connectMs: performance.now() - startedMs,
   };
 
-  // Only closing the connection ends a read from a silent node. Unlike
-  // `close()`, this may be called again.
+  // Only closing the connection ends a read from a silent node. Unlike a second
+  // `close()`, a second dispose is allowed.
   const close = () => tcp[Symbol.dispose]();
   signal.addEventListener("abort", close);
   if (signal.aborted) close();
@@ -4742,11 +4814,11 @@ async function tryConnect(
     if (!isNetOpen) requireNet(host, port);
     if (!isAddress(host)) await lookups.requireName(host, port, signal);
 
-    // A name is connected to as such: Deno races its addresses, and the
-    // permission is the one for the name.
+    // Deno gets the name, not its addresses: it races them itself, and checks
+    // the permission for the name.
     return { tcp: await Deno.connect({ hostname: host, port, signal }) };
   } catch (error) {
-    // A fault of the lookup is more precise than the deadline's.
+    // An error from the lookup is more precise than the deadline's.
     const isPrecise = error instanceof ProbeFault || !signal.aborted;
     const fault = isPrecise ? error : signal.reason;
     return { failure: connectFailure(host, fault) };
@@ -4754,18 +4826,19 @@ async function tryConnect(
 }
 
 /**
- * Looks names up, a few at a time.
+ * Looks up names, a few at a time.
  *
- * Deno cannot abort a lookup. One that hangs occupies a thread of the runtime,
- * on which file reads depend too, until the system gives it up.
+ * Deno cannot abort a lookup. One that hangs occupies a runtime thread, which
+ * file reads need too, until the system gives up on it.
  */
 class LookupQueue {
   #running = 0;
   readonly #waiting = new Set<() => void>();
 
   /**
-   * Waits until a name has an address; rejects with a fault if it does not exist,
-   * or when the signal aborts. `Deno.connect()` then resolves it again.
+   * Looks up a name; rejects with a {@linkcode ProbeFault} if it does not
+   * exist, or when the signal aborts. `Deno.connect()` then resolves the name
+   * again.
    */
   async requireName(
     name: string,
@@ -4802,7 +4875,7 @@ class LookupQueue {
     }
   }
 
-  /** Hands the turn to the next name that waits. */
+  /** Hands the turn to the next waiting name. */
   #release(): void {
     const [next] = this.#waiting;
     if (next) {
@@ -4814,16 +4887,16 @@ class LookupQueue {
   }
 
   async #lookUp(name: string, port: number): Promise<void> {
-    // Loaded for names alone: it doubles the time that a program takes to
-    // start.
+    // Loaded only if there are names: it doubles the startup time of a program.
     const { lookup } = await import("node:dns");
     const { promise, resolve, reject } = Promise.withResolvers<void>();
-    // Deno checks the net permission of exactly this port, if it is given.
+    // If the port is given, Deno checks the net permission for exactly that
+    // port.
     const options = { all: true, port } as { all: true };
 
     lookup(name, options, (error) => {
       const isUnknown = error?.errno === UNKNOWN_NAME;
-      // Other errors may mean that descriptors are short: connecting says which.
+      // Other errors may mean a lack of descriptors: connecting will show.
       if (isUnknown) reject(new ProbeFault("dns", UNKNOWN_NAME_MESSAGE));
       else resolve();
     });
@@ -4833,7 +4906,7 @@ class LookupQueue {
 
 const lookups = new LookupQueue();
 
-/** Waits for a promise; rejects with the fault as soon as the signal aborts. */
+/** Waits for a promise; rejects with `fault` as soon as the signal aborts. */
 async function untilAborted(
   promise: Promise<void>,
   { signal, fault }: { signal: AbortSignal; fault: ProbeFault },
@@ -4847,7 +4920,7 @@ async function untilAborted(
     await Promise.race([promise, aborted.promise]);
   } finally {
     signal.removeEventListener("abort", abort);
-    // Nobody waits any longer for the one that lost.
+    // Nobody waits for the promise that lost the race.
     promise.catch(() => {});
     aborted.promise.catch(() => {});
   }
@@ -4858,13 +4931,13 @@ type TlsSocket = import("node:tls").TLSSocket;
 /**
  * A TLS connection over a TCP one.
  *
- * `Deno.startTls()` leaves the TCP socket open if it is closed amid the
- * handshake; `node:tls` over a stream of our own does not.
+ * `Deno.startTls()` leaves the TCP socket open if it is closed during the
+ * handshake; `node:tls` over a custom stream does not.
  */
 class TlsConnection implements Connection, Disposable {
   readonly #socket: TlsSocket;
   readonly #chunks: AsyncIterator<Uint8Array>;
-  /** What was received and is not read yet. */
+  /** The bytes that were received but not read yet. */
   #received: Uint8Array = new Uint8Array();
 
   constructor(socket: TlsSocket) {
@@ -4873,12 +4946,11 @@ class TlsConnection implements Connection, Disposable {
   }
 
   /**
-   * Does the handshake; rejects if the server does not speak TLS, or its
+   * Performs the handshake; rejects if the server does not speak TLS or its
    * certificate is not trusted.
    */
   static async open(tcp: Deno.TcpConn, host: string): Promise<TlsConnection> {
-    // Loaded for https alone: they double the time that a program takes to
-    // start.
+    // Loaded only for https: they double the startup time of a program.
     const { connect } = await import("node:tls");
     const { Duplex } = await import("node:stream");
     const stream = new Duplex({
@@ -4898,7 +4970,7 @@ class TlsConnection implements Connection, Disposable {
     const socket = connect({ socket: stream, host });
     const { promise, resolve, reject } = Promise.withResolvers<void>();
     socket.once("secureConnect", resolve);
-    // The listener stays: an error that nobody listens to ends the process.
+    // The listeners stay: an error event without a listener ends the process.
     socket.on("error", reject);
     stream.on("error", reject);
 
@@ -4939,14 +5011,17 @@ class TlsConnection implements Connection, Disposable {
   }
 }
 
-/** A check that took longer than it may. */
+/** A check that took longer than allowed. */
 class ProbeTimeout extends Error {
   constructor(readonly ms: number) {
     super(`timed out after ${formatMs(ms)}`);
   }
 }
 
-/** Compared by identity: the pool retries it, and `dns` shortly after it. */
+/**
+ * Compared by identity. The pool retries on it, and on `dns` failures that it
+ * may have caused.
+ */
 const NO_DESCRIPTORS: ProbeFailure = {
   code: "local-resource",
   message: "this machine ran out of descriptors",
@@ -4971,11 +5046,12 @@ const CONNECT_FAILURES: Readonly<Record<string, ProbeFailure>> = {
   ENOMEM: NO_DESCRIPTORS,
   EADDRNOTAVAIL: {
     code: "local-resource",
-    message: "this machine has no local address or port left for it",
+    message:
+      "this machine has no local address or port left for the connection",
   },
 };
 
-/** Whether a failure says nothing of the node. */
+/** Reports whether a failure says nothing about the node. */
 function isLocalFault({ code }: ProbeFailure): boolean {
   return code === "denied" || code === "local-resource";
 }
@@ -5009,8 +5085,8 @@ function connectFailure(host: string, error: unknown): ProbeFailure {
 }
 
 /**
- * Says what is wrong with an answer, and at which path if it is not the usual
- * one.
+ * Explains what is wrong with an answer, and names its path unless it is
+ * `/status`.
  */
 function answerFailure(error: unknown, path: string): ProbeFailure {
   const place = path === DEFAULT_STATUS_PATH ? "" : ` at ${path}`;
@@ -5033,52 +5109,57 @@ const INITIAL_CONCURRENCY = 64;
 const MAX_GROWTH = 1000;
 const TICK_MS = 10;
 
-/** A tick that is later than this means that the process is busy. */
+/** A tick that is late by more than this means that the process is busy. */
 const BUSY_MS = 4;
 
 /**
- * A tick that is later than this means that the process was stopped, not busy.
+ * A tick that is late by this much means that the process was suspended, not
+ * busy.
  */
 const MAX_LATENESS_MS = 100;
 
-/** How soon a wait asks a node again as its deadline comes near. */
+/**
+ * The shortest interval at which a wait checks a node as its deadline
+ * approaches.
+ */
 const MIN_RECHECK_MS = 100;
 
-/** How long descriptors count as short after one was missing. */
+/** How long descriptors count as scarce after they ran out. */
 const SHORTAGE_MS = 100;
 
 /** Options of {@linkcode probeNodes}. */
 export interface SweepOptions extends ProbeOptions {
   /**
-   * How many nodes may be under way at once. A sweep starts with fewer, and
-   * goes on with fewer for as long as descriptors are short.
+   * The maximum number of nodes checked at a time. A sweep starts with fewer,
+   * and continues with fewer while descriptors are scarce.
    *
    * @default {10000}
    */
   readonly concurrency?: number | undefined;
   /**
-   * Called with each outcome as soon as it is known. What it throws, or the
-   * promise that it returns rejects with, rejects the call.
+   * Called with each outcome as soon as it is known. If it throws, or returns a
+   * promise that rejects, the call rejects with that error.
    */
   readonly onProbe?: ((probe: NodeProbe) => void | Promise<void>) | undefined;
 }
 
-/** A probe that is under way. */
+/** A probe that is in progress. */
 interface RunningProbe {
   readonly controller: AbortController;
-  /** When it began, as `performance.now()`. */
+  /** When it began, on the clock of `performance.now()`. */
   startMs: number;
 }
 
 /**
- * Takes an outcome; a promise that it returns is awaited before the pool ends.
+ * Receives an outcome; a promise that it returns is awaited before the pool
+ * ends.
  */
 type OnOutcome = (probe: NodeProbe, index: number) => void | Promise<void>;
 
 /** Options of {@linkcode ProbePool}. */
 interface PoolOptions {
   /**
-   * When nothing more is started, and what is under way times out, as
+   * When running probes time out and no more are started, on the clock of
    * `performance.now()`.
    */
   readonly endMs?: number;
@@ -5093,8 +5174,8 @@ interface PoolOptions {
  * Probes nodes: a few at a time while they answer fast, else as many as
  * descriptors allow.
  *
- * One tick looks after all probes. A timer or a listener for each of them would
- * take longer than to connect.
+ * One tick serves all probes. A timer or a listener for each of them would take
+ * longer than connecting.
  */
 class ProbePool {
   readonly #nodes: readonly ClusterNode[];
@@ -5103,7 +5184,7 @@ class ProbePool {
   readonly #isKeptOpen: boolean;
   readonly #done = Promise.withResolvers<void>();
   readonly #failed = Promise.withResolvers<never>();
-  /** Resolves when no probe is running any more after {@linkcode stop}. */
+  /** Resolves when no probe is running after {@linkcode stop}. */
   readonly #drained = Promise.withResolvers<void>();
   #isStopped = false;
 
@@ -5119,9 +5200,9 @@ class ProbePool {
   /** How many probes may run now. */
   #limit: number;
   #endedSinceTick = 0;
-  /** Until when descriptors count as short. */
+  /** Until when descriptors count as scarce. */
   #shortUntilMs = 0;
-  /** Since when there is no descriptor for a node, by index. */
+  /** Since when a node has lacked a descriptor, by index. */
   readonly #shortSinceMs = new Map<number, number>();
 
   #endMs: number;
@@ -5144,14 +5225,16 @@ class ProbePool {
     this.#limit = Math.min(INITIAL_CONCURRENCY, settings.concurrency);
   }
 
-  /** Whether the end has passed: later outcomes were cut short by it. */
+  /**
+   * Whether the end has passed: outcomes from now on may be cut short by it.
+   */
   get isOver(): boolean {
     return performance.now() >= this.#endMs;
   }
 
   /**
-   * Probes every node until nothing is left to do, and every callback has
-   * returned; rejects when the signal aborts.
+   * Probes the nodes until nothing is left to do and every callback has
+   * finished; rejects when the signal aborts.
    */
   async run(): Promise<void> {
     const { signal } = this.#settings;
@@ -5172,7 +5255,7 @@ class ProbePool {
     }
   }
 
-  /** Ends what is still running, and waits until its connections are closed. */
+  /** Aborts running probes, and waits until their connections are closed. */
   async #abortRunning(): Promise<void> {
     for (const { controller } of this.#running) {
       controller.abort();
@@ -5213,8 +5296,8 @@ class ProbePool {
   }
 
   /**
-   * Moves the deadlines if the process was stopped: answers that arrived
-   * meanwhile still count.
+   * Extends the deadlines if the process was suspended, so that answers that
+   * arrived in the meantime still count.
    */
   #forgiveLateness(nowMs: number): void {
     const lateMs = nowMs - this.#tickMs;
@@ -5237,7 +5320,7 @@ class ProbePool {
     }
   }
 
-  /** Starts nothing more once the end has passed. */
+  /** Drops everything that waits to be started once the end has passed. */
   #dropWaiting(nowMs: number): void {
     if (nowMs < this.#endMs) return;
 
@@ -5253,10 +5336,10 @@ class ProbePool {
     }
   }
 
-  /** Lets more probes run at once if those that run are slow. */
+  /** Raises the limit if the running probes are slow. */
   #growLimit(nowMs: number): void {
-    // If this process is busy, or as many as a sweep starts with end in a tick,
-    // more at once would be slower.
+    // A higher limit would slow the sweep down if the process is busy, or if a
+    // whole initial batch of probes ends within a tick.
     const isBusy = nowMs - this.#tickMs > BUSY_MS;
     const isFast = this.#endedSinceTick >= INITIAL_CONCURRENCY;
     const isFull = this.#running.size >= this.#limit;
@@ -5277,7 +5360,8 @@ class ProbePool {
       this.#next++;
       this.#probe(index).catch(this.#failed.reject);
     }
-    // Forgets what was started, or a watch would fill the queue without end.
+    // Forgets what was started; otherwise, a watch would grow the queue
+    // forever.
     if (this.#next === this.#queue.length) {
       this.#queue.length = 0;
       this.#next = 0;
@@ -5285,7 +5369,8 @@ class ProbePool {
   }
 
   /**
-   * Arms the timer for what is next, or ends the pool if nothing is left to do.
+   * Arms the timer for the next event, or ends the pool if nothing is left to
+   * do.
    */
   #schedule(nowMs: number): void {
     this.#stopIfFinished();
@@ -5311,7 +5396,7 @@ class ProbePool {
     return this.#running.size === 0 && this.#queue.length === 0;
   }
 
-  /** Arms the timer for a moment, unless it is armed for an earlier one. */
+  /** Arms the timer for time `ms`, unless it is armed for an earlier one. */
   #wakeBefore(ms: number): void {
     if (ms >= this.#tickMs) return;
     this.#tickMs = ms;
@@ -5362,7 +5447,9 @@ class ProbePool {
     callback.finally(() => this.#callbacks.delete(callback));
   }
 
-  /** Runs no more probes at once than there are descriptors for. */
+  /**
+   * Lowers the limit to the number of probes that there are descriptors for.
+   */
   #slowDown(): void {
     this.#limit = Math.max(1, this.#running.size);
     this.#shortUntilMs = performance.now() + SHORTAGE_MS;
@@ -5372,11 +5459,15 @@ class ProbePool {
     return nowMs < this.#shortUntilMs;
   }
 
-  /** Whether a probe failed for want of descriptors, and may do better soon. */
+  /**
+   * Reports whether a probe failed for lack of descriptors and may soon
+   * succeed.
+   */
   #shouldRetry({ failure }: NodeProbe, index: number): boolean {
     const nowMs = performance.now();
-    // A lookup without a descriptor fails as if the name did not exist: what it
-    // says counts the second time, and only while descriptors are not short.
+    // A lookup without a descriptor fails as if the name did not exist, so such
+    // a failure counts only the second time, and only if descriptors are not
+    // scarce.
     const isFirst = !this.#shortSinceMs.has(index);
     const isSuspect = failure?.code === "dns" &&
       (isFirst || this.#isShort(nowMs));
@@ -5391,15 +5482,15 @@ class ProbePool {
   }
 
   /**
-   * Tries a node again, with all of its time, when there may be a descriptor
-   * for it.
+   * Tries a node again, with its full time limit, when there may be a
+   * descriptor for it.
    */
   #postpone({ failure }: NodeProbe, index: number): void {
     if (!this.#shortSinceMs.has(index)) {
       this.#shortSinceMs.set(index, performance.now());
     }
 
-    // The next probe that ends gives its descriptor back.
+    // The next probe that ends releases its descriptor.
     const isNext = failure === NO_DESCRIPTORS && this.#running.size > 0;
     if (isNext) {
       this.#queue.push(index);
@@ -5410,10 +5501,10 @@ class ProbePool {
 }
 
 /**
- * Has Deno open the sockets that it uses for signals.
+ * Makes Deno open the sockets that it uses for signals.
  *
- * It would do so half a second later, and panics if a sweep then has every
- * descriptor of the process.
+ * Otherwise Deno does so half a second later, and panics if a sweep is using
+ * every descriptor of the process by then.
  */
 function openSignalSockets(): void {
   if (Deno.build.os === "windows") return;
@@ -5427,30 +5518,30 @@ function hasHttps({ dataServerUrl }: ClusterNode): boolean {
 }
 
 /**
- * Has Deno read the certificates that it trusts.
+ * Makes Deno read the certificates that it trusts.
  *
- * It would do so at the first handshake, and if a sweep then has every
- * descriptor of the process, it would trust nobody from then on.
+ * Otherwise Deno does so at the first handshake, and if a sweep is using every
+ * descriptor of the process by then, it trusts no server from then on.
  */
 function loadCertificates(): void {
   try {
     Deno.createHttpClient({}).close();
   } catch {
-    // The handshake says what is wrong with them.
+    // The handshake will report what is wrong with them.
   }
 }
 
 // --- Sweep, watch, wait ---
 
 /**
- * Checks many nodes in parallel, and gives one outcome for each, in their
- * order. It takes as long as the slowest answer.
+ * Checks many nodes in parallel, and returns one outcome for each, in the order
+ * of the nodes. It takes as long as the slowest answer.
  *
- * A node's endpoints are raced, best first, within its deadline, so that one
- * that is dead or silent never hides one that is alive. There are no retries:
- * TCP repeats a lost packet itself, three times within the default deadline. An
- * HTTP check goes straight to the node: no proxy, no redirect, no compression,
- * 1 MiB of body at most.
+ * A node's endpoints are raced, best first, within the node's time limit, so
+ * that a dead or silent one never hides a live one. A failed node is not
+ * retried: TCP itself resends a lost packet, three times within the default
+ * time limit. An HTTP check goes straight to the node: no proxy, no redirect,
+ * no compression, and at most 1 MiB of body.
  *
  * @example Check two nodes
  * ```ts
@@ -5496,7 +5587,7 @@ export async function probeNode(
 }
 
 /**
- * Resolves to whether a node is up; {@linkcode probeNode} says why not.
+ * Reports whether a node is up; {@linkcode probeNode} also says why not.
  *
  * @throws {Deno.errors.NotCapable} if the node may not be contacted
  */
@@ -5509,8 +5600,8 @@ export async function checkNodeReachable(
 }
 
 /**
- * Asks an HTTP server, by default at `/status`, and gives the JSON object that
- * it answers, or `undefined` if there is no such answer.
+ * Requests a path, `/status` by default, from an HTTP server. Returns the JSON
+ * object that it answers with, or `undefined` if there is none.
  *
  * @throws {Deno.errors.NotCapable} if the server may not be contacted
  */
@@ -5527,7 +5618,7 @@ export async function checkHttpEndpoint(
   return probe?.status;
 }
 
-/** Throws unless this is a host as it may stand in an inventory. */
+/** Throws unless this is a host that an inventory may contain. */
 function requireHost(hostname: string): void {
   const host = parseHost(hostname);
   if ("value" in host) return;
@@ -5537,7 +5628,7 @@ function requireHost(hostname: string): void {
 }
 
 /**
- * Gives the outcomes of the nodes that are up; throws if one may not be
+ * Returns the outcomes of the nodes that are up; throws if any node may not be
  * contacted.
  */
 async function upProbes(
@@ -5553,11 +5644,11 @@ async function upProbes(
 export interface ReachableNode {
   /** The node. */
   readonly node: ClusterNode;
-  /** The JSON object that it answered; empty if the answer was none. */
+  /** The JSON object that it answered with; empty if there was none. */
   readonly status: StatusDocument;
-  /** The address that answered, as configured. */
+  /** The address that accepted the connection, as configured. */
   readonly address: string;
-  /** Milliseconds until that address accepted. */
+  /** Milliseconds until that address accepted the connection. */
   readonly connectMs: number;
 }
 
@@ -5575,7 +5666,8 @@ export interface DiscoverOptions extends SweepOptions {
 }
 
 /**
- * Gives the active nodes of an inventory that are up, in its order.
+ * Gets the nodes of an inventory that are up, in its order; by default, only
+ * active nodes are checked.
  *
  * @throws {Deno.errors.NotCapable} if a node may not be contacted
  */
@@ -5602,7 +5694,7 @@ export async function discoverReachableNodes(
 /** Options of {@linkcode watchNodes}. */
 export interface WatchOptions extends SweepOptions {
   /**
-   * Milliseconds from a node's answer to its next check.
+   * Milliseconds from the outcome of a node's check to its next check.
    *
    * @default {5000}
    */
@@ -5610,9 +5702,9 @@ export interface WatchOptions extends SweepOptions {
 }
 
 /**
- * Yields each outcome as it is known, and asks each node again `intervalMs`
- * after its last answer, but not before that was taken. One that hangs holds up
- * nobody.
+ * Yields each outcome as soon as it is known, and checks each node again
+ * `intervalMs` after its last outcome, but not before the loop has handled that
+ * outcome. A node that hangs does not delay the others.
  *
  * When the signal aborts, or if there are no nodes, the loop ends without an
  * error.
@@ -5654,7 +5746,7 @@ async function* watchPool(
 
       const close = (error: unknown) =>
         signal?.aborted ? stream.close() : stream.error(error);
-      // After a `break` in the caller's loop, the stream is closed already.
+      // After a `break` in the caller's loop, the stream is already closed.
       running = pool.run().catch(close).catch(() => {});
     },
     async cancel() {
@@ -5682,18 +5774,18 @@ export interface WaitOptions extends SweepOptions {
    */
   readonly until?: "up" | "down" | undefined;
   /**
-   * How many nodes have to be up; all of them by default. It does not go with
-   * `until: "down"`.
+   * How many nodes have to be up; all of them by default. It cannot be used
+   * with `until: "down"`.
    */
   readonly minUp?: number | undefined;
   /**
-   * Milliseconds from a node's answer to its next check.
+   * Milliseconds from the outcome of a node's check to its next check.
    *
    * @default {2000}
    */
   readonly intervalMs?: number | undefined;
   /**
-   * How long to wait in all, in milliseconds.
+   * The maximum time to wait, in milliseconds.
    *
    * @default {300000}
    */
@@ -5701,12 +5793,12 @@ export interface WaitOptions extends SweepOptions {
 }
 
 /**
- * Waits until enough nodes are up (or every node is down), and gives the last
- * answer of each, in their order: at the moment when that is so, else at the
- * deadline.
+ * Waits until enough nodes are up (with `until: "down"`, until every node is
+ * down or unhealthy), at most until the deadline. Returns the last outcome of
+ * each node, in the order of the nodes.
  *
- * A check that the deadline cuts off does not replace an earlier answer. If the
- * nodes that can be checked cannot be enough, it does not wait.
+ * A check that the deadline cuts off does not replace an earlier outcome. If
+ * too few nodes can be checked at all, it does not wait.
  *
  * @throws {Deno.errors.NotCapable} immediately, if net permission is missing
  * for too many nodes
@@ -5753,7 +5845,8 @@ export async function waitForNodes(
       reached.delete(index);
     }
   };
-  // Towards the deadline it asks more often, so that a late change is seen.
+  // Towards the deadline, checks are more frequent, so that a late change is
+  // seen.
   const nextDelayMs = () => {
     const leftMs = endMs - performance.now();
     return Math.min(intervalMs, Math.max(MIN_RECHECK_MS, leftMs / 2));
@@ -5798,8 +5891,8 @@ function isNotServing({ state }: NodeProbe): boolean {
 }
 
 /**
- * Describes a node that was not checked: what keeps it from being checked, if
- * anything does.
+ * Describes a node that was not checked, and what prevents a check, if anything
+ * does.
  */
 function uncheckedProbe(node: ClusterNode, settings: ProbeSettings): NodeProbe {
   const endpoints = checkedEndpoints(node, settings);
@@ -5843,7 +5936,7 @@ export interface DataSyncUrlOptions
    */
   readonly excludeSelf?: boolean | undefined;
   /**
-   * Whether nodes that are not up are left out. If not, none is contacted.
+   * Whether nodes that are not up are left out. If false, no node is contacted.
    *
    * @default {true}
    */
@@ -5853,13 +5946,13 @@ export interface DataSyncUrlOptions
 /** Options of {@linkcode getSyncUrls} and {@linkcode getEloSyncUrls}. */
 export interface SyncUrlOptions extends DataSyncUrlOptions {
   /**
-   * The port of the URLs, which is also the one that is checked.
+   * The port in the URLs, which is also the port that is checked.
    *
    * @default {8766} in `getSyncUrls`, `elo_sync.sync_port` in `getEloSyncUrls`
    */
   readonly port?: number | undefined;
   /**
-   * The path of the URLs. What is checked is the status path.
+   * The path in the URLs. The check still requests the status path.
    *
    * @default {"/db"}
    */
@@ -5867,10 +5960,10 @@ export interface SyncUrlOptions extends DataSyncUrlOptions {
 }
 
 /**
- * Lists `http://ADDRESS:PORT/PATH` of each active node that is up on a port.
+ * Lists `http://ADDRESS:PORT/PATH` for each active node that is up at the port.
  *
- * URLs are in the order of the inventory, without duplicates, at the address
- * that answered.
+ * The URLs are in the order of the inventory, without duplicates, each with the
+ * address that answered.
  *
  * @example List the model servers without checking them
  * ```ts
@@ -5920,12 +6013,12 @@ export async function getEloSyncUrls(
 /**
  * Lists the base URL of the data server of each active node that is up.
  *
- * This host is left out: the node named like `RINGRIFT_NODE_ID`, or else like
- * the hostname, and the nodes at an address of this host.
+ * This host is left out: the node named by `RINGRIFT_NODE_ID`, or else by the
+ * hostname, as well as nodes at an address of this host.
  *
  * @throws {HostsConfigError} if the inventory cannot be used
  * @throws {Deno.errors.NotCapable} if a node may not be contacted, or if the
- * hostname is needed and may not be read
+ * hostname is needed but may not be read
  */
 export async function getDataSyncUrls(
   options: DataSyncUrlOptions = {},
@@ -5941,7 +6034,7 @@ export async function getDataSyncUrls(
   });
 }
 
-/** Throws at a fault of the caller before the inventory is read. */
+/** Validates the caller's options before the inventory is read. */
 function requireUrlOptions(options: SyncUrlOptions): void {
   requireProbeOptions(options);
   requireSelection(options.selection ?? {});
@@ -5979,14 +6072,14 @@ async function upEndpoints(
   return probes.map((probe) => probe.endpoint);
 }
 
-/** Where this host answers in every network. */
+/** Names and addresses that mean this host in every network. */
 const LOOPBACK_HOSTS = ["localhost", "127.0.0.1", "::1", "0.0.0.0", "::"];
 
-/** Returns a predicate that accepts this host, by its name or an address. */
+/** Returns a predicate that recognises this host by its name or an address. */
 function thisHostPredicate(): (node: ClusterNode) => boolean {
   const nodeId = readVariable("RINGRIFT_NODE_ID")?.toLowerCase();
   if (nodeId === undefined) {
-    const purpose = "sys access to leave out this host itself";
+    const purpose = "sys access, to leave this host out";
     const descriptor = { name: "sys", kind: "hostname" } as const;
     requirePermission(descriptor, "--allow-sys=hostname", purpose);
   }
@@ -6006,7 +6099,7 @@ function thisHostPredicate(): (node: ClusterNode) => boolean {
   };
 }
 
-/** Returns the hostname, as it is and to its first dot, if it may be read. */
+/** Returns the hostname, in full and up to its first dot, if it may be read. */
 function ownHostnames(): string[] {
   if (!isGranted({ name: "sys", kind: "hostname" })) return [];
 
@@ -6020,7 +6113,9 @@ function ownAddresses(): string[] {
   return Deno.networkInterfaces().map(({ address }) => address);
 }
 
-/** Returns the one spelling to compare hosts by: 127.0.0.1 for 0x7f.1. */
+/**
+ * Returns the canonical form of a host, for comparison: 127.0.0.1 for 0x7f.1.
+ */
 function canonicalHost(host: string): string {
   const name = withoutZone(host.toLowerCase()).replace(/\.$/, "");
   const hostname = URL.parse(`http://${withBrackets(name)}`)?.hostname ?? name;
@@ -6044,22 +6139,24 @@ function withoutMapping(address: string): string {
 /** How long an SSH server may take to greet. */
 const GREETING_MS = 2000;
 
-/** How long ssh may take to end after SIGTERM, and its output after that. */
+/**
+ * How long ssh may take to end after SIGTERM, and its output to end after that.
+ */
 const GRACE_MS = 500;
 const DRAIN_STEP_MS = 50;
 
-/** How many characters of each stream a result holds at most. */
+/** The maximum number of characters of each stream in a result. */
 const MAX_OUTPUT_LENGTH = 1_048_576;
 
-/** How much of what ssh said last a failure quotes. */
+/** How much of the last output of ssh a failure quotes. */
 const MAX_REASON_LINES = 3;
 const MAX_REASON_LENGTH = 300;
 const MAX_TAIL_LENGTH = 4096;
 
-/** The exit code with which ssh says that it failed itself. */
+/** The exit code of ssh for a failure of its own. */
 const SSH_FAILED = 255;
 
-/** Options that make ssh connect to something else than a node's endpoint. */
+/** Options that make ssh connect to something other than a node's endpoint. */
 const DETOURS = ["proxyjump", "proxycommand", "hostname", "port"];
 
 /** Options of {@linkcode sshCommand}. */
@@ -6077,14 +6174,14 @@ export interface SshOptions {
    */
   readonly connectTimeoutMs?: number | undefined;
   /**
-   * Options as `ssh_config(5)` names them, each `KEY=VALUE`. One that is set
-   * here replaces the node's own and the default.
+   * Options of ssh_config(5), each `KEY=VALUE`. An option that is set here
+   * replaces the node's own and the default.
    *
    * @default {[]}
    */
   readonly options?: readonly string[] | undefined;
   /**
-   * The endpoint to log in at.
+   * The endpoint to log in to.
    *
    * @default {undefined} the node's first endpoint; in `runOnNodes`, the first
    * that greets
@@ -6093,11 +6190,11 @@ export interface SshOptions {
 }
 
 /**
- * Builds the argument list, `ssh` first, that runs a command on a node.
+ * Builds the argument list, starting with `ssh`, that runs a command on a node.
  *
- * It never asks for a password, its connect is bounded, and a dead connection
- * ends within about a minute. The words of the command are what ssh itself
- * takes: it joins them by spaces, and a shell on the node reads the result.
+ * By default, ssh never asks for a password, its time to connect is limited,
+ * and a dead connection ends within about a minute. It joins the words of the
+ * command with spaces, and a shell on the node interprets the result.
  *
  * @example Ask for the load
  * ```ts
@@ -6113,8 +6210,8 @@ export interface SshOptions {
  * );
  * ```
  *
- * @throws {TypeError} if the node has no address, or if ssh could take an
- * option for something else
+ * @throws {TypeError} if the node has no address, or if ssh could misinterpret
+ * an option
  */
 export function sshCommand(
   node: ClusterNode,
@@ -6126,8 +6223,8 @@ export function sshCommand(
   requireWords(command);
   if (!endpoint) throw noAddress(node);
 
-  // ssh takes the first value of an option, so one that is replaced later is
-  // left out. Within a list, an option may stand several times (SendEnv).
+  // ssh uses the first value of an option, so one that is replaced later is
+  // left out. Within a list, an option may occur several times (SendEnv).
   const extra = options.options ?? [];
   const replaced = new Set(extra.map(optionKey));
   if (options.user !== undefined) replaced.add("user");
@@ -6157,12 +6254,13 @@ function defaultOptions(node: ClusterNode, options: SshOptions): string[] {
     `ServerAliveInterval=${DEFAULTS.serverAliveSeconds}`,
   ];
 
-  // Otherwise the keys of an agent come first, and a server refuses the sixth.
+  // Otherwise ssh tries the keys of an agent first, and servers refuse the
+  // sixth.
   if (node.sshKey !== undefined) defaults.push("IdentitiesOnly=yes");
   return defaults;
 }
 
-/** Returns the key of `KEY=VALUE`, whose case means nothing to ssh. */
+/** Returns the key of `KEY=VALUE` in lower case, since ssh ignores its case. */
 function optionKey(option: string): string {
   return option.split("=", 1)[0]!.toLowerCase();
 }
@@ -6191,7 +6289,7 @@ function requireWords(command: unknown): void {
 
   const words = command as readonly string[];
   if (words.some((word) => word.includes("\0"))) {
-    throw new TypeError("Cannot use command: a word holds a NUL character");
+    throw new TypeError("Cannot use command: a word contains a NUL character");
   }
 }
 
@@ -6202,7 +6300,7 @@ function noAddress(node: ClusterNode): TypeError {
 
 /**
  * Returns the endpoints of a node that are raced for a greeting: none if there
- * is nothing to choose, or if an option leads elsewhere.
+ * is no choice, or if an option makes ssh connect elsewhere.
  */
 export function racedSshEndpoints(
   node: ClusterNode,
@@ -6218,8 +6316,8 @@ export function racedSshEndpoints(
 /**
  * Finds the SSH endpoint of a node that greets first.
  *
- * It is the node's first endpoint if none greets within two seconds, or if
- * they may not be contacted.
+ * Returns the node's first endpoint if none greets within two seconds (or
+ * `timeoutMs`, if that is shorter), or if none may be contacted.
  *
  * @throws {TypeError} if the node has no address
  */
@@ -6246,19 +6344,19 @@ export async function findSshEndpoint(
 /** Options of {@linkcode runOnNodes}. */
 export interface RunOptions extends SshOptions {
   /**
-   * How long each node may take in all, in milliseconds.
+   * The time limit for each node, in milliseconds.
    *
-   * @default {undefined} as long as the command does
+   * @default {undefined} no limit
    */
   readonly timeoutMs?: number | undefined;
   /**
-   * On how many nodes the command runs at once.
+   * The maximum number of nodes on which the command runs at a time.
    *
    * @default {32}
    */
   readonly concurrency?: number | undefined;
   /**
-   * What every node's command reads.
+   * The standard input of the command on every node.
    *
    * @default {undefined} nothing
    */
@@ -6270,10 +6368,11 @@ export interface RunOptions extends SshOptions {
    */
   readonly signal?: AbortSignal | undefined;
   /**
-   * Called with all that a node writes, as it comes.
+   * Called with all output of a node, as it arrives.
    *
-   * A promise that it returns is awaited before more is read. What it throws
-   * ends every ssh and rejects the call.
+   * A promise that it returns is awaited before more is read. If it throws or
+   * the promise rejects, every ssh is ended and the call rejects with that
+   * error.
    *
    * @default {undefined}
    */
@@ -6287,8 +6386,9 @@ export interface RunOptions extends SshOptions {
   /**
    * Called with each result as soon as it is known.
    *
-   * A promise that it returns is awaited before another command is started in
-   * its place. What it throws ends every ssh and rejects the call.
+   * A promise that it returns is awaited before the next command is started. If
+   * it throws or the promise rejects, every ssh is ended and the call rejects
+   * with that error.
    *
    * @default {undefined}
    */
@@ -6302,10 +6402,10 @@ export interface RunOptions extends SshOptions {
  *
  * - `ssh`: ssh exited with 255, its own code for a connection or a login that
  *   failed or broke. A command that returns 255 looks the same.
- * - `exit`: the command ended with any other code.
- * - `timeout`: `timeoutMs` was over.
+ * - `exit`: the command ended with any other non-zero code.
+ * - `timeout`: `timeoutMs` elapsed.
  * - `signal`: ssh was ended by a signal.
- * - `no-address`: the node has none.
+ * - `no-address`: the node has no address.
  * - `local`: ssh could not be started.
  */
 export type CommandFailureCode =
@@ -6326,37 +6426,37 @@ export interface CommandFailure {
 
 /** The outcome of a command on one node. */
 export interface CommandResult {
-  /** The node that it is about. */
+  /** The node that the command was meant for. */
   readonly node: ClusterNode;
   /** The exit code, or `null` if there is none. */
   readonly exitCode: number | null;
   /** The signal that ended ssh, or `null`. */
   readonly signal: string | null;
-  /** The first 1,048,576 characters of its standard output. */
+  /** The first 1,048,576 characters of standard output. */
   readonly stdout: string;
-  /** The first 1,048,576 characters of its standard error and ssh's own. */
+  /** The first 1,048,576 characters of standard error, including ssh's own. */
   readonly stderr: string;
-  /** Whether there was more text than `stdout` or `stderr` hold. */
+  /** Whether `stdout` or `stderr` was cut off. */
   readonly truncated: boolean;
   /** How long it took, in milliseconds. */
   readonly durationMs: number;
-  /** Why it failed; `undefined` if it returned 0. */
+  /** Why the command failed; `undefined` if it returned 0. */
   readonly failure: CommandFailure | undefined;
 }
 
 /**
  * Runs a command on many nodes over ssh.
  *
- * The words of the command are joined by spaces, and a shell on the node reads
- * the result: `["echo", "a  b"]` prints `a b`. Quote for that shell.
+ * The words of the command are joined with spaces, and a shell on the node
+ * interprets the result: `["echo", "a  b"]` prints `a b`. Quote for that shell.
  *
- * A node with several SSH endpoints is reached at the one that greets first,
- * so that a command never runs twice. Each ssh runs in a session of its own,
- * without a terminal: it cannot ask anything.
+ * A node with several SSH endpoints is reached at the one that greets first, so
+ * that a command never runs twice. Each ssh runs in its own session, without a
+ * terminal, so it cannot prompt.
  *
- * An ssh that is ended, by `timeoutMs` or `signal`, does not end its command:
- * that may still be running on the node, unless the option `RequestTTY=force`
- * ties it to the connection.
+ * Ending ssh, by `timeoutMs` or `signal`, does not end its command: the command
+ * may still be running on the node, unless the option `RequestTTY=force` ties
+ * it to the connection.
  *
  * @example Report what failed
  * ```ts
@@ -6371,13 +6471,13 @@ export interface CommandResult {
  * assertEquals(failures, ["not-set-up: set tailscale_ip or ssh_host"]);
  * ```
  *
- * @param command the words that ssh takes, or a function that returns those of
+ * @param command the words of the command, or a function that returns them for
  * a node
- * @returns one result for each node, in their order
- * @throws {TypeError} if a command or an option is not safe, or if an endpoint
- * is given for several nodes
+ * @returns one result for each node, in the order of the nodes
+ * @throws {TypeError} if a command or an option is invalid or unsafe, or if an
+ * endpoint is given for several nodes
  * @throws {Deno.errors.NotCapable} if ssh may not be run
- * @throws {Deno.errors.NotFound} if there is no ssh
+ * @throws {Deno.errors.NotFound} if ssh is not on the PATH
  */
 export async function runOnNodes(
   nodes: Iterable<ClusterNode>,
@@ -6403,7 +6503,7 @@ export async function runOnNodes(
   signal?.throwIfAborted();
   requireRunPermission();
 
-  // A fault on this side ends every ssh: nobody is left to take the output.
+  // A failure on this side ends every ssh: nobody is left to take the output.
   const fault = new AbortController();
   const signals = signal ? [signal, fault.signal] : [fault.signal];
   const ended = AbortSignal.any(signals);
@@ -6430,7 +6530,7 @@ export async function runOnNodes(
     ended.throwIfAborted();
     return all;
   } catch (error) {
-    // The pool's own error is a list of what each run threw.
+    // The pool's own error only wraps the errors that the runs threw.
     ended.throwIfAborted();
     throw error;
   }
@@ -6457,7 +6557,10 @@ function requireCommand(words: readonly string[]): void {
   }
 }
 
-/** Waits for what a callback returned, but not after the call was aborted. */
+/**
+ * Waits for a promise that a callback returned, but stops if the call is
+ * aborted.
+ */
 async function delivered(
   returned: void | Promise<void>,
   signal: AbortSignal,
@@ -6515,7 +6618,7 @@ function startDeadline(
   return setTimeout(() => deadline.abort(reason), timeoutMs);
 }
 
-/** What an ssh put out, and how it ended. */
+/** The output of one ssh process, and how the process ended. */
 type SshOutput = Omit<CommandResult, "node" | "durationMs" | "failure">;
 
 const NO_OUTPUT: SshOutput = {
@@ -6532,7 +6635,7 @@ interface SshOutcome extends Partial<SshOutput> {
 
 /** {@linkcode NodeRunOptions} with the deadline of one node. */
 interface SshRunOptions extends NodeRunOptions {
-  /** Aborts with the words for people. */
+  /** Aborts with a reason that is shown to people. */
   readonly deadline: AbortSignal;
 }
 
@@ -6589,20 +6692,20 @@ function startSsh(
   try {
     return { value: spawnSsh(argv, streams, { detached: true }) };
   } catch (error) {
-    // Without an ssh, no other node can be reached either.
+    // If ssh is missing, no other node can be reached either.
     if (error instanceof Deno.errors.NotFound) throw error;
     return { problem: `ssh cannot be started (${errorText(error)})` };
   }
 }
 
 /**
- * Starts an argument list of {@linkcode sshCommand}.
+ * Starts ssh with an argument list from {@linkcode sshCommand}.
  *
- * Detached, it is in a session of its own: it has no terminal, gets no Ctrl-C
- * and can ask nothing. A login is not detached.
+ * If detached, it runs in its own session: it has no terminal, does not receive
+ * Ctrl-C and cannot prompt. A login is not detached.
  *
  * @throws {Deno.errors.NotCapable} if ssh may not be run
- * @throws {Deno.errors.NotFound} if there is no ssh
+ * @throws {Deno.errors.NotFound} if ssh is not on the PATH
  */
 export function spawnSsh(
   argv: readonly [string, ...string[]],
@@ -6630,7 +6733,7 @@ function requireRunPermission(): void {
 
 type OutputStream = "stdout" | "stderr";
 
-/** An ssh that runs: what it reads and writes, and how it is ended. */
+/** A running ssh process: its input, its output, and how it is ended. */
 class SshProcess {
   readonly #child: Deno.ChildProcess;
   readonly #stdout: OutputReader;
@@ -6654,12 +6757,12 @@ class SshProcess {
     );
   }
 
-  /** What ssh or the command said last. */
+  /** The last text on standard error, from ssh or the command. */
   get lastWords(): string {
     return this.#stderr.tail;
   }
 
-  /** Writes the command's input, which it need not read to the end. */
+  /** Writes the input of the command, which need not read all of it. */
   feed(input: Uint8Array<ArrayBuffer>): void {
     const { signal } = this.#exited;
     const source = ReadableStream.from([input]);
@@ -6687,8 +6790,8 @@ class SshProcess {
       if (outcome.status === "rejected") throw outcome.reason;
     }
 
-    // At SIGTERM, ssh itself exits with 255. Any other code is the command's,
-    // which ended just before.
+    // On SIGTERM, ssh itself exits with 255. Any other code comes from the
+    // command, which ended just before.
     const isEnded = status.code === SSH_FAILED;
     const signal = status.signal ?? (isEnded ? this.#endedBy : null);
     return {
@@ -6712,18 +6815,20 @@ class SshProcess {
     try {
       this.#child.kill(signal);
     } catch {
-      // It has ended already.
+      // It has already ended.
     }
   }
 }
 
-/** Reads one stream of ssh as text, no faster than that is delivered. */
+/** Reads one stream of ssh as text, no faster than the text is delivered. */
 class OutputReader {
-  /** Settles when all is read; rejects with what delivering it threw. */
+  /**
+   * Resolves when all is read; rejects with the error if delivering it fails.
+   */
   readonly done: Promise<void>;
-  /** The first of the text. */
+  /** The beginning of the text. */
   text = "";
-  /** The last of the text. */
+  /** The end of the text. */
   tail = "";
   isTruncated = false;
   readonly #reader: ReadableStreamDefaultReader<Uint8Array>;
@@ -6782,9 +6887,10 @@ class OutputReader {
   /**
    * Reads the rest, after ssh has ended.
    *
-   * A process that ssh leaves, such as a ControlPersist master, can hold the
-   * pipe, and write to it, for ever. What ssh itself wrote is in the pipe
-   * already, so this gives up once reading had to wait for half a second in all.
+   * A process that ssh leaves behind, such as a ControlPersist master, can keep
+   * the pipe open, and write to it, forever. What ssh itself wrote is already
+   * in the pipe, so this gives up after waiting half a second in total for
+   * more.
    */
   async drain(): Promise<void> {
     let waitedMs = 0;
@@ -6798,7 +6904,9 @@ class OutputReader {
   }
 }
 
-/** Returns the beginning of a text, without half of a character at its end. */
+/**
+ * Returns the beginning of a text, without splitting a character at its end.
+ */
 function beginning(text: string, length: number): string {
   if (text.length <= length) return text;
 
@@ -6808,7 +6916,7 @@ function beginning(text: string, length: number): string {
 const STILL_RUNNING = "the command may still be running on the node " +
   "(-o RequestTTY=force ends it with the connection)";
 
-/** Says why ssh was ended by a signal. */
+/** Explains why ssh was ended by a signal. */
 function endFailure(
   endedBy: string,
   { signal, deadline }: SshRunOptions,
@@ -6822,7 +6930,9 @@ function endFailure(
   };
 }
 
-/** Quotes the last lines of ssh: the cause is often not in the last one. */
+/**
+ * Quotes the last few lines of ssh: the cause is often not in the very last.
+ */
 function sshReason(lastWords: string, hint: string | undefined): string {
   const lines = stderrLines(lastWords).slice(-MAX_REASON_LINES).map(shorten);
 
@@ -6840,7 +6950,9 @@ function sshReason(lastWords: string, hint: string | undefined): string {
   return lines.join("; ");
 }
 
-/** Whether the failure of a command quotes all of its standard error. */
+/**
+ * Reports whether the failure of a command quotes all of its standard error.
+ */
 export function quotesStderr({ failure, stderr }: CommandResult): boolean {
   const lines = stderrLines(stderr);
   const isQuoted = lines.length <= MAX_REASON_LINES &&
@@ -6860,10 +6972,10 @@ function shorten(line: string): string {
   return shown === line ? line : `${shown}…`;
 }
 
-/** Names the option that accepts an unknown host key, but no changed one. */
+/** Names the option that accepts unknown host keys, but not changed ones. */
 function hostKeyHint(lastWords: string): string | undefined {
-  // ssh does not pass the option on to the ssh of a jump host, which says this
-  // before other lines.
+  // ssh does not pass the option on to the ssh of a jump host, which prints
+  // this message before other lines.
   const isRefused = lastWords.trimEnd()
     .endsWith("Host key verification failed.");
   const isChanged = /host key .* has changed/i.test(lastWords);
@@ -6872,7 +6984,7 @@ function hostKeyHint(lastWords: string): string | undefined {
   return "-o StrictHostKeyChecking=accept-new accepts a host key that is new";
 }
 
-/** Names the flag with which the other endpoints of a node can be tried. */
+/** Names the flag that allows trying the other endpoints of a node. */
 function permissionHint(
   node: ClusterNode,
   options: SshOptions,

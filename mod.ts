@@ -1,7 +1,7 @@
 /**
- * Reads the inventory of a training cluster and answers what scripts ask of it:
- * which nodes there are, which of them answer, which one coordinates, from which
- * URLs data can be pulled, and what a command says on each node.
+ * Reads the inventory of a training cluster, and tells scripts which nodes
+ * there are, which of them answer, which one is the coordinator, which URLs to
+ * pull data from, and what a command prints on each node.
  *
  * @example Print the nodes that answer
  * ```ts

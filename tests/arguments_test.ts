@@ -135,9 +135,9 @@ const REFUSED: readonly (readonly [line: string, answer: string])[] = [
   ["--gpu", "--gpu needs a value: TEXT"],
   ["--gpu=", "--gpu needs a value: TEXT"],
   ["--gpu ,", '--gpu takes a comma-separated list, not ","'],
-  ["-c a", "--config is given twice"],
-  ["--config=a", "--config is given twice"],
-  ["-qca", "--config is given twice"],
+  ["-c a", "--config was given more than once"],
+  ["--config=a", "--config was given more than once"],
+  ["-qca", "--config was given more than once"],
 ];
 
 for (const [line, answer] of REFUSED) {

@@ -307,7 +307,8 @@ Deno.test("cluster-hosts status and wait name the nodes that are up by a shared 
     "gpu-2": { ssh_host: "127.0.0.1", data_server_port: node.port },
     "alone": hostAt(other),
   });
-  const note = "cluster-hosts: Up by a shared answer: gpu-[1-2] ";
+  const note =
+    "cluster-hosts: Up, but at an address shared with another node: gpu-[1-2] ";
 
   for (const command of ["status", "wait"]) {
     const result = await runMain([command, "-c", inventory.path]);
@@ -392,7 +393,7 @@ Deno.test("cluster-hosts status checks RINGRIFT_COORDINATOR_IP where there is no
   assertMatch(stdout.split("\n")[1]!, row);
   assertStringIncludes(
     stderr,
-    "RINGRIFT_COORDINATOR_IP stands for an inventory that is not there",
+    "there is no inventory, so this is RINGRIFT_COORDINATOR_IP alone",
   );
 
   const json = await runCli([...args, "--json"], { env, cwd });
@@ -556,7 +557,7 @@ const UNREADABLE: readonly (readonly [origin: string, message: RegExp])[] = [
   ["http://HOST/other", /^answered HTTP 404$/],
   ["http://HOST/login", /^is HTML, not YAML$/],
   ["http://HOST/moved", /redirect.*: use the URL/],
-  ["http://[", /^is not a URL/],
+  ["http://[", /^is not a valid URL/],
   ["FOLDER/other.yaml", /^there is no such file$/],
   ["FOLDER", /^is a folder, not a file$/],
 ];
@@ -810,11 +811,11 @@ Deno.test("cluster-hosts urls data leaves this host out, and says so", async () 
   assertEquals(
     stderr,
     "cluster-hosts: 1 of 1 nodes answered, " +
-      `1 left out as this host (--include-self), ${inventory.path}\n`,
+      `1 skipped as this host (--include-self), ${inventory.path}\n`,
   );
 
   const env = { RINGRIFT_NODE_ID: "There" };
   const named = await runCli(args, { env });
   assertEquals([named.code, named.stdout], [1, ""]);
-  assertStringIncludes(named.stderr, "2 left out as this host");
+  assertStringIncludes(named.stderr, "2 skipped as this host");
 });

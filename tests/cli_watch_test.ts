@@ -116,27 +116,27 @@ const UNSOUND: readonly (readonly [
   text: string | undefined,
   message: RegExp,
 ])[] = [
-  ["empty", "", /hosts\.yaml has no hosts; the last sound inventory stays/],
-  ["blank", "\n\n", /hosts\.yaml has no hosts; the last sound inventory stays/],
+  ["empty", "", /hosts\.yaml has no hosts; the last valid inventory stays/],
+  ["blank", "\n\n", /hosts\.yaml has no hosts; the last valid inventory stays/],
   [
     "without hosts",
     "hosts: {}\n",
-    /hosts\.yaml has no hosts; the last sound inventory stays/,
+    /hosts\.yaml has no hosts; the last valid inventory stays/,
   ],
   [
     "broken",
     "hosts:\n  a:\n    ssh_port: 99999\n",
-    /hosts\.yaml:3: hosts\.a\.ssh_port: .*; the last sound inventory stays/,
+    /hosts\.yaml:3: hosts\.a\.ssh_port: .*; the last valid inventory stays/,
   ],
   [
     "half written",
     '{"hosts": {"a": {"tail',
-    /hosts\.yaml:\d+:\d+: is not valid YAML: .*; the last sound /,
+    /hosts\.yaml:\d+:\d+: is not valid YAML: .*; the last valid /,
   ],
   [
     "gone",
     undefined,
-    /hosts\.yaml: there is no such file; the last sound inventory stays/,
+    /hosts\.yaml: there is no such file; the last valid inventory stays/,
   ],
 ];
 
@@ -194,7 +194,7 @@ Deno.test("cluster-hosts status --watch keeps its nodes where a second reading g
   const said = await nextLine(watch.stderr);
   assertMatch(
     said,
-    /\/dev\/fd\/3 has no hosts; the last sound inventory stays/,
+    /\/dev\/fd\/3 has no hosts; the last valid inventory stays/,
   );
   const before = node.connections;
   while (node.connections < before + 3) await delay(20);

@@ -263,7 +263,7 @@ Deno.test("the data port of another program's config counts last, and may be mis
     broken: `${broken.path}:4: distributed.data_server_port: ` +
       "expected an integer from 1 to 65535",
     folder:
-      `${empty.folder}: is a folder, not a file (RINGRIFT_CONFIG_PATH names it)`,
+      `${empty.folder}: is a folder, not a file (named by RINGRIFT_CONFIG_PATH)`,
     "nothing depends on it": [[1, 3, null]],
   });
 });

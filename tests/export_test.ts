@@ -171,7 +171,7 @@ for (const name of MISREAD) {
 Deno.test("cluster-hosts export prometheus prints the URL that status checks", async () => {
   const result = await runOnHosts(HOSTS, ["export", "prometheus"]);
 
-  const stderr = "cluster-hosts: nowhere: left out, without an address\n";
+  const stderr = "cluster-hosts: nowhere: left out (no address)\n";
   assertEquals([result.code, result.stderr], [0, stderr]);
   const targets = JSON.parse(result.stdout);
   assertEquals(targets[0], {

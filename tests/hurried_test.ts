@@ -73,7 +73,7 @@ const HURRIED: readonly Hurried[] = [
   },
   {
     line: "gpu-1 status",
-    answer: 'Unknown command "gpu-1"; the command comes first: ' +
+    answer: 'Unknown command "gpu-1"; put the command first: ' +
       "cluster-hosts status [NODE...] [options]",
     then: "status gpu-1",
   },
@@ -239,12 +239,12 @@ const HURRIED: readonly Hurried[] = [
   { line: "status --exclude tpu", answer: 'No node matches "tpu"' },
   {
     line: "coordinator gpu-1",
-    answer: "coordinator takes no NODE, got gpu-1; " +
+    answer: "coordinator takes no NODE, but got gpu-1; " +
       "a file is given as --config FILE",
   },
   {
     line: "validate new.yaml",
-    answer: "validate takes no NODE, got new.yaml; " +
+    answer: "validate takes no NODE, but got new.yaml; " +
       "a file is given as --config FILE",
   },
 
@@ -471,7 +471,7 @@ const HURRIED: readonly Hurried[] = [
   },
   {
     line: "get nodes",
-    answer: 'Unknown command "get"; the command comes first: ' +
+    answer: 'Unknown command "get"; put the command first: ' +
       "cluster-hosts nodes [NODE...] [options]",
     then: "nodes",
   },
@@ -545,7 +545,7 @@ for (const args of EXPANDED) {
       result,
       'No node matches "notes.txt", "setup.sh"; ' +
         "notes.txt, setup.sh exist in this folder: " +
-        "if the shell expanded a pattern, put it in quotes: '*'",
+        "if the shell expanded a pattern, quote it: '*'",
     );
   });
 }

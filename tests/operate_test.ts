@@ -149,7 +149,10 @@ Deno.test("cluster-hosts wait names its shared answers, and not with --down", as
   const result = await runOnHosts({ a: entry, b: entry }, ["wait"]);
 
   assertEquals(result.code, 0);
-  assertStringIncludes(result.stderr, "Up by a shared answer: a,b ");
+  assertStringIncludes(
+    result.stderr,
+    "Up, but at an address shared with another node: a,b ",
+  );
 });
 
 /** Waits that can never end well: they return 1 long before ten minutes are over. */

@@ -87,7 +87,7 @@ Deno.test("loadHostsConfig() loads what is named, else the variable's file, else
     "blank variable": "default",
     "missing file": `${none}: there is no such file`,
     "missing file of the variable":
-      `${none}: there is no such file (RINGRIFT_HOSTS_CONFIG names it)`,
+      `${none}: there is no such file (named by RINGRIFT_HOSTS_CONFIG)`,
   });
 });
 
@@ -201,13 +201,13 @@ Deno.test("loadHostsConfig() accepts a file: URL with %20 and %25 in its path", 
 
 /** Sources that are no files. */
 const BROKEN_SOURCES: [source: string, reason: RegExp][] = [
-  ["file:///tmp/100%.yaml", /^is not a URL: .*%25/],
-  ["file:///tmp/%zz.yaml", /^is not a URL: .*%25/],
-  ["file:///tmp/%ff.yaml", /^is not a URL: /],
-  ["file://[bad", /^is not a URL$/],
+  ["file:///tmp/100%.yaml", /^is not a valid URL: .*%25/],
+  ["file:///tmp/%zz.yaml", /^is not a valid URL: .*%25/],
+  ["file:///tmp/%ff.yaml", /^is not a valid URL: /],
+  ["file://[bad", /^is not a valid URL$/],
   ["file://server/share/hosts.yaml", /another host/],
-  ["http://", /^is not a URL$/],
-  ["https://[bad/hosts.yaml", /^is not a URL$/],
+  ["http://", /^is not a valid URL$/],
+  ["https://[bad/hosts.yaml", /^is not a valid URL$/],
   ["ftp://example.com/hosts.yaml", /file:, http: or https: URL/],
   ["s3://bucket/hosts.yaml", /file:, http: or https: URL/],
 ];

@@ -20,9 +20,9 @@ const UNKNOWN_STATUS =
   "unknown status, treated as active; the inactive ones are " +
   "terminated, offline, setup, retired, archived";
 const NO_ADDRESS = "has no address: set tailscale_ip or ssh_host";
-const PLACEHOLDER = "is a placeholder: put the real value";
-const NO_EFFECT = "has no effect here: move it to the section defaults";
-const COORDINATOR_UNSET = "is not set: name the node that coordinates";
+const PLACEHOLDER = "is a placeholder: replace it with the real value";
+const NO_EFFECT = 'has no effect here: move it to the "defaults" section';
+const COORDINATOR_UNSET = "is not set: set it to the name of the coordinator";
 const meant = (key: string) => `unknown key; did you mean "${key}"?`;
 
 /** What is written, and the warnings about it. */
@@ -66,6 +66,11 @@ const WARNED: [name: string, text: string, ...warnings: string[]][] = [
     "a key of the user's own in defaults",
     `defaults:\n  rack: 7\n${OK}`,
     "defaults.rack:2: has no effect: defaults may only set known host fields",
+  ],
+  [
+    "a typo in the status of defaults",
+    `defaults:\n  status: ofline\n${OK}`,
+    'defaults.status:2: unknown status; did you mean "offline"?',
   ],
   [
     "a placeholder in defaults",
