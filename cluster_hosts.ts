@@ -3352,23 +3352,25 @@ function matchNames(
   nodes: readonly ClusterNode[],
   patterns: readonly string[],
 ): NameMatches {
-  const byName = Map.groupBy(nodes, (node) => node.name);
+  const elements = patterns.flatMap(splitNames);
+  const written = new Set(elements);
+  const named = nodes.filter(({ name }) => written.has(name));
+  const byName = Map.groupBy(named, ({ name }) => name);
+
   const matched = new Set<ClusterNode>();
-  const exact = new Set<ClusterNode>();
   const unmatched: string[] = [];
 
-  for (const element of patterns.flatMap(splitNames)) {
-    const named = byName.get(element) ?? [];
-    for (const node of named) exact.add(node);
-
-    const found = named.length > 0 ? named : nodesLike(nodes, element);
+  for (const element of elements) {
+    const found = byName.get(element) ?? nodesLike(nodes, element);
     for (const node of found) matched.add(node);
 
     if (found.length === 0) unmatched.push(element);
   }
 
-  if (unmatched.length > 0) throw noMatch(unmatched, [...byName.keys()]);
-  return { matched, exact };
+  if (unmatched.length > 0) {
+    throw noMatch(unmatched, nodes.map(({ name }) => name));
+  }
+  return { matched, exact: new Set(named) };
 }
 
 /**
@@ -3467,12 +3469,12 @@ function meantAsDigits(
 const ANY_TEXT = Symbol("*");
 
 /**
- * A part of a pattern: any text, or a function that returns the indexes at
- * which the part can end in a name if it starts at `at`.
+ * Returns the indexes at which a part of a pattern can end in a name if it
+ * starts at `at`.
  */
-type PatternPart =
-  | typeof ANY_TEXT
-  | ((name: string, at: number) => readonly number[]);
+type PartMatcher = (name: string, at: number) => readonly number[];
+
+type PatternPart = typeof ANY_TEXT | PartMatcher;
 
 /** A part of a pattern as written; a bracket need not be closed. */
 const PATTERN_TOKEN = /\[[^\]]*\]?|\*+|\?|[^[*?]+/gs;
@@ -3529,10 +3531,21 @@ function matchesParts(
 
     ends = part === ANY_TEXT
       ? indexesFrom(ends, name)
-      : [...new Set(ends.flatMap((at) => part(name, at)))];
+      : endsAfter(part, ends, name);
   }
 
   return ends.includes(name.length);
+}
+
+function endsAfter(
+  matcher: PartMatcher,
+  starts: readonly number[],
+  name: string,
+): readonly number[] {
+  const [first] = starts;
+  if (first !== undefined && starts.length === 1) return matcher(name, first);
+
+  return [...new Set(starts.flatMap((at) => matcher(name, at)))];
 }
 
 function indexesFrom(ends: readonly number[], name: string): number[] {
@@ -3560,7 +3573,7 @@ function parsePart(token: string, neighbours: Neighbours): Parsed<PatternPart> {
 }
 
 /** Creates the part of a pattern that matches exactly `text`. */
-function literally(text: string): PatternPart {
+function literally(text: string): PartMatcher {
   return (name, at) => name.startsWith(text, at) ? [at + text.length] : [];
 }
 
