@@ -22,6 +22,20 @@ export interface CheckoutServer extends AsyncDisposable {
 /** True if `@std` comes from JSR here, as it does for everybody outside. */
 export const USES_JSR = Deno.env.get("CLUSTER_HOSTS_JSR") === "1";
 
+/**
+ * Why `@std` comes from no registry here, neither JSR nor npm, or `undefined` if
+ * it does. Deno can neither publish nor document a package with other imports.
+ */
+export async function registryMissing(): Promise<string | undefined> {
+  const config = JSON.parse(await Deno.readTextFile(`${ROOT}deno.json`));
+  const targets: string[] = Object.values(config.imports ?? {});
+
+  const isMapped = targets.every((target) => target.startsWith("npm:"));
+  return USES_JSR || isMapped
+    ? undefined
+    : "needs JSR, or the import map of the checkout";
+}
+
 /** Serves the files of the checkout over HTTP on loopback. */
 export function serveCheckout(): CheckoutServer {
   const options = { hostname: "127.0.0.1", port: 0, onListen() {} };

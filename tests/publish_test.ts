@@ -3,7 +3,7 @@ import {
   assertEquals,
   assertStringIncludes,
 } from "jsr:@std/assert@^1.0.19";
-import { USES_JSR } from "./checkout.ts";
+import { registryMissing, USES_JSR } from "./checkout.ts";
 import {
   ROOT,
   run,
@@ -13,6 +13,8 @@ import {
 } from "./process.ts";
 
 const CONFIG = JSON.parse(await Deno.readTextFile(`${ROOT}deno.json`));
+
+const NO_REGISTRY = await registryMissing();
 
 const SHIPPED = [
   "CHANGELOG.md",
@@ -51,7 +53,7 @@ async function copyWithStrays(): Promise<TempFolder> {
   }
 
   // The job that takes @std from JSR has no lock.
-  if (!USES_JSR) {
+  if (!USES_JSR && NO_REGISTRY === undefined) {
     await Deno.copyFile(`${ROOT}deno.lock`, `${temp.folder}/deno.lock`);
   }
   return temp;
@@ -85,15 +87,8 @@ async function stepCommand(workflow: string, name: string): Promise<string> {
   return command;
 }
 
-// Only a map to a registry stands in for JSR: files beside the package could not be published.
-const targets: string[] = Object.values(CONFIG.imports ?? {});
-const isPublishable = targets.every((target) => target.startsWith("npm:"));
-const missing = USES_JSR || isPublishable
-  ? undefined
-  : "needs JSR, or the import map of the checkout";
-
 testUnless(
-  missing,
+  NO_REGISTRY,
   "deno publish ships the package, and no file around it",
   async () => {
     await using copy = await copyWithStrays();
