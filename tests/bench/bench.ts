@@ -1,12 +1,13 @@
 /**
- * `deno task bench [FOLDER]`: speed, memory and truth, each against a peer in the same run, since machines are noisy.
- * Whole processes are measured, start included, ours and the peers' in turn: the median of five. With the FOLDER of
- * another checkout, its command line is measured too. The table is Markdown.
+ * `deno task bench [FOLDER]` prints a Markdown table of speed, memory and truth.
+ *
+ * Machines are noisy, so each row compares with a peer in the same run: whole
+ * processes, start included, ours and the peers' in turn, the median of five.
+ * With the FOLDER of another checkout, that is measured too.
  *
  * @module
  */
 import { delay } from "jsr:@std/async@^1.5.0/delay";
-import { ClusterNode, selectNodes } from "../../mod.ts";
 import { startNode } from "../loopback_cluster.ts";
 import { dropPackets, type Netns, netnsMissing, startNetns } from "../netns.ts";
 import {
@@ -23,13 +24,13 @@ const RUNS = 5;
 const MIB = 1024 * 1024;
 const isLinux = Deno.build.os === "linux";
 const hasTime = isLinux && programMissing("/usr/bin/time") === undefined;
-const [before] = Deno.args;
+const before = Deno.args.map(absolutePath).at(0);
 
 /** What one run came to. */
 interface Measure {
   /** Milliseconds; for the loss of packets, nodes that are falsely not up. */
   readonly value: number;
-  /** The most memory that the process held, in bytes; 0 if GNU time is not there to tell. */
+  /** The process's peak memory in bytes; 0 if GNU time is not installed. */
   readonly peak: number;
 }
 
@@ -40,9 +41,9 @@ interface Peer {
 
 interface Work {
   readonly name: string;
-  /** Runs the command line, or the module, of the checkout in a folder. */
+  /** Runs what is measured, of the checkout in a folder. */
   ours(root: string): Promise<Measure>;
-  /** The best of them counts. Those that are not installed are left out. */
+  /** Peers, of which the best counts. Those not installed are left out. */
   readonly peers?: readonly (Peer | undefined)[];
   /** Instead of peers: what ours cannot be faster than, in milliseconds. */
   readonly floorMs?: number;
@@ -50,6 +51,20 @@ interface Work {
   isMet(ours: Measure, best: number): boolean;
   /** @default {ms} */
   format?(value: number): string;
+}
+
+/** A row of the table; a cell that is not set stays empty. */
+interface Row {
+  readonly work: string;
+  readonly ours: string;
+  readonly before?: string;
+  readonly peer?: string;
+  /** What the peer is. */
+  readonly peerName?: string;
+  readonly ratio?: string;
+  readonly target: string;
+  readonly isMet?: boolean;
+  readonly memory?: string;
 }
 
 await using temp = await tempFolder();
@@ -70,12 +85,14 @@ async function bench(): Promise<void> {
   console.log(
     `${navigator.hardwareConcurrency} cores, ${memory()}, Deno ${Deno.version.deno}, ${Deno.build.os}\n`,
   );
-  const rows: string[][] = [];
+  const rows: Row[] = [];
   for (const work of works) rows.push(await row(work));
+
   if (sshdMissing() === undefined) {
     await using sshd = await startSshd();
     rows.push(await row(await commands(sshd)));
   }
+
   if (netnsMissing() === undefined) {
     await using netns = await startNetns({ setup: dropPackets(0.05) });
     await using lossy = startServer(netns.enter);
@@ -85,19 +102,10 @@ async function bench(): Promise<void> {
       ),
     );
   }
+
   for (const flags of [["--tcp"], []]) rows.push(...await growth(port, flags));
   rows.push(await fewDescriptors(port));
-  printTable([
-    "Work",
-    "ours",
-    before ? "before" : "",
-    "peer",
-    "",
-    "ratio",
-    "target",
-    "",
-    "peak memory",
-  ], rows);
+  printTable(rows);
 }
 
 /** Starts what is swept. */
@@ -113,31 +121,52 @@ function startServer(enter: readonly string[] = []): RunningProcess {
   return start(program!, args, { limitMs: 3_600_000 });
 }
 
-/** Prints Markdown that can be read as it is; columns that are empty everywhere are left out. */
-function printTable(
-  head: readonly string[],
-  rows: readonly (readonly string[])[],
-): void {
-  const columns = [...head.keys()].filter((column) =>
-    rows.some((cells) => cells[column])
-  );
-  const table = [head, columns.map(() => ""), ...rows].map((cells, line) =>
-    columns.map((column, index) =>
-      line === 1 ? (index === 0 ? ":-" : "-:") : cells[column] ?? ""
-    )
-  );
-  const widths = columns.map((_, index) =>
-    Math.max(...table.map((cells) => cells[index]!.length))
-  );
-  for (const cells of table) {
-    const padded = cells.map((cell, index) => {
-      if (cell === ":-") return ":".padEnd(widths[index]!, "-");
-      if (cell === "-:") return ":".padStart(widths[index]!, "-");
+/** Prints a Markdown table that can be read as it is, without empty columns. */
+function printTable(rows: readonly Row[]): void {
+  const head = [
+    "Work",
+    "ours",
+    "before",
+    "peer",
+    "which is",
+    "ratio",
+    "target",
+    "result",
+    "peak memory",
+  ];
+  const cells = rows.map((row) => [
+    row.work,
+    row.ours,
+    row.before ?? "",
+    row.peer ?? "",
+    row.peerName ?? "",
+    row.ratio ?? "",
+    row.target,
+    row.isMet === undefined ? "" : row.isMet ? "met" : "MISSED",
+    row.memory ?? "",
+  ]);
+
+  const columns = [...head.keys()]
+    .filter((column) => cells.some((line) => line[column] !== ""));
+  const widths = columns.map((column) => {
+    const lengths = [head, ...cells].map((line) => line[column]!.length);
+    return Math.max(...lengths);
+  });
+
+  // The first column is aligned to the left, all others to the right.
+  const padded = (line: readonly string[]) =>
+    columns.map((column, index) => {
+      const cell = line[column]!;
       return index === 0
         ? cell.padEnd(widths[index]!)
         : cell.padStart(widths[index]!);
     });
-    console.log(`| ${padded.join(" | ")} |`);
+  const rule = widths.map((width, index) =>
+    index === 0 ? ":".padEnd(width, "-") : ":".padStart(width, "-")
+  );
+
+  for (const line of [padded(head), rule, ...cells.map(padded)]) {
+    console.log(`| ${line.join(" | ")} |`);
   }
 }
 
@@ -222,12 +251,12 @@ async function inventories(port: number): Promise<Work[]> {
   const size = `${((await Deno.stat(large)).size / 1e6).toFixed(1)} MB`;
   const parse: Peer = {
     name: "parse() alone",
-    run: () => loadMs(ROOT, "parse", large),
+    run: () => inProcess(ROOT, "parse", large),
   };
   return [
     {
       name: `load of 10,000 hosts (${size}), in process`,
-      ours: () => loadMs(ROOT, "load", large),
+      ours: (root) => inProcess(root, "load", large),
       peers: [parse],
       ...atMost(1.3),
     },
@@ -253,24 +282,10 @@ async function inventories(port: number): Promise<Work[]> {
 }
 
 function selection(): Work {
-  const nodes = Array.from(
-    { length: 100_000 },
-    (_, index) => new ClusterNode({ name: `gpu-${index}`, gpu: "H100" }),
-  );
-  const wanted = {
-    names: ["gpu-[1-50000]", "gpu-?????", "gpu-7*"],
-    exclude: ["gpu-9*"],
-    gpus: ["h100"],
-  };
-  const onePass: Peer = {
-    name: "one pass",
-    run: () =>
-      inProcess(() => nodes.filter(({ name }) => /^gpu-(\d+)$/.test(name))),
-  };
   return {
     name: "selection out of 100,000 nodes, in process",
-    ours: () => inProcess(() => selectNodes(nodes, wanted)),
-    peers: [onePass],
+    ours: (root) => inProcess(root, "select"),
+    peers: [{ name: "one pass", run: () => inProcess(ROOT, "pass") }],
     target: "< 200 ms",
     isMet: ({ value }) => value < 200,
   };
@@ -343,7 +358,10 @@ async function commands(sshd: Sshd): Promise<Work> {
   };
 }
 
-/** 1,000 nodes that are all up, behind a network that loses one packet in twenty: how many are not found. */
+/**
+ * Counts the nodes that are not found out of 1,000 that are all up, behind a
+ * network that loses one packet in twenty.
+ */
 async function lossyNetwork(netns: Netns, port: number): Promise<Work> {
   const count = 1000;
   const inventory = await writeHosts(count, port);
@@ -416,16 +434,16 @@ function atMost(factor: number): Pick<Work, "target" | "isMet"> {
   };
 }
 
-async function row(work: Work): Promise<string[]> {
+async function row(work: Work): Promise<Row> {
   const { name, ours, floorMs, target, isMet, format = ms } = work;
   const peers = (work.peers ?? []).filter((peer) => peer !== undefined);
+
   const contenders = [
     () => ours(ROOT),
     ...peers.map((peer) => () => peer.run()),
   ];
-  // What does not depend on the checkout is the same there.
-  const isCompared = before !== undefined && ours.length > 0;
-  if (isCompared) contenders.push(() => ours(before));
+  if (before !== undefined) contenders.push(() => ours(before));
+
   const measures = contenders.map((): Measure[] => []);
   for (let run = 0; run < RUNS; run++) {
     for (const [index, contend] of contenders.entries()) {
@@ -433,115 +451,99 @@ async function row(work: Work): Promise<string[]> {
       measures[index]!.push(await contend());
     }
   }
+
   const [mine, ...others] = measures.map(median);
-  const earlier = isCompared ? format(others.at(-1)!.value) : "";
+  const common = {
+    work: name,
+    ours: format(mine!.value),
+    before: before === undefined ? "" : format(others.at(-1)!.value),
+    target,
+    memory: mib(mine!.peak),
+  };
+
   const [best] = floorMs === undefined
     ? peers.map(({ name }, index) => ({ name, value: others[index]!.value }))
       .toSorted((a, b) => a.value - b.value)
     : [{ name: "the timeout", value: floorMs }];
-  const memory = mib(mine!.peak);
-  if (!best) {
-    return [
-      name,
-      format(mine!.value),
-      earlier,
-      "",
-      "no peer is installed",
-      "",
-      target,
-      "",
-      memory,
-    ];
-  }
-  const ratio = best.value > 0 && format === ms
-    ? `${(mine!.value / best.value).toFixed(2)} ×`
-    : "";
-  const verdict = isMet(mine!, best.value) ? "met" : "MISSED";
-  return [
-    name,
-    format(mine!.value),
-    earlier,
-    format(best.value),
-    best.name,
-    ratio,
-    target,
-    verdict,
-    memory,
-  ];
+  if (!best) return { ...common, peerName: "no peer is installed" };
+
+  const hasRatio = best.value > 0 && format === ms;
+  return {
+    ...common,
+    peer: format(best.value),
+    peerName: best.name,
+    ratio: hasRatio ? times(mine!.value / best.value) : "",
+    isMet: isMet(mine!, best.value),
+  };
 }
 
-/** Lets the server finish with what the run before has left it, so that nobody pays for another's connections. */
+/**
+ * Lets the server finish with the connections of the run before, so that they
+ * slow nobody down.
+ */
 async function settle(): Promise<void> {
   await delay(300);
 }
 
-/** What a node costs at each size, the start of the process left out, against what it costs among 1,000. */
-async function growth(
-  port: number,
-  flags: readonly string[],
-): Promise<string[][]> {
-  const rows: string[][] = [];
-  const startMs = median(await times(3, () => cli(ROOT, "--version"))).value;
-  let first: number | undefined;
+/**
+ * Measures what one node costs in sweeps of each size, without the start of the
+ * process, and compares it with what it costs among 1,000.
+ */
+async function growth(port: number, flags: readonly string[]): Promise<Row[]> {
+  const check = flags.includes("--tcp") ? "TCP" : "HTTP";
+  const startMs = await medianOf(3, () => cli(ROOT, "--version"));
+  const rows: Row[] = [];
+  let firstUs: number | undefined;
+
   for (const count of [1000, 10_000, 50_000]) {
     const inventory = await writeHosts(count, port);
-    const { value, peak } = median(
-      await times(
-        count > 10_000 ? 1 : 3,
-        () => status(ROOT, inventory, ...flags),
-      ),
+    const runs = count > 10_000 ? 1 : 3;
+    const sweep = await medianOf(
+      runs,
+      () => status(ROOT, inventory, ...flags),
     );
-    const each = 1000 * (value - startMs) / count;
-    first ??= each;
-    const name = `${flags.length > 0 ? "TCP" : "HTTP"}, ${
-      count.toLocaleString("en")
-    } nodes`;
-    const ratio = `${(each / first).toFixed(2)} ×`;
-    const verdict = each <= 1.5 * first ? "met" : "MISSED";
-    rows.push([
-      name,
-      ms(value),
-      "",
-      `${each.toFixed(0)} µs`,
-      "a node",
-      ratio,
-      "≤ 1.5 ×",
-      verdict,
-      mib(peak),
-    ]);
+
+    const eachUs = 1000 * (sweep.value - startMs.value) / count;
+    firstUs ??= eachUs;
+    rows.push({
+      work: `${check}, ${count.toLocaleString("en")} nodes`,
+      ours: ms(sweep.value),
+      peer: `${eachUs.toFixed(0)} µs`,
+      peerName: "ours, a node",
+      ratio: times(eachUs / firstUs),
+      target: "≤ 1.5 ×",
+      isMet: eachUs <= 1.5 * firstUs,
+      memory: mib(sweep.peak),
+    });
   }
+
   return rows;
 }
 
-async function fewDescriptors(port: number): Promise<string[]> {
-  const args = cliArgs(ROOT, [
-    "status",
-    "--json",
-    "--quiet",
-    "--config",
-    await writeHosts(500, port),
-  ]);
-  const started = performance.now();
+async function fewDescriptors(port: number): Promise<Row> {
+  const inventory = await writeHosts(500, port);
+  const args = ["status", "--json", "--quiet", "--config", inventory];
+  const script = 'ulimit -n 64; exec "$@"';
+
+  const startedMs = performance.now();
   const { code } = await new Deno.Command("sh", {
-    args: ["-c", 'ulimit -n 64; exec "$@"', "sh", "deno", ...args],
+    args: ["-c", script, "sh", "deno", ...cliArgs(ROOT, args)],
     stdout: "null",
     stderr: "null",
   }).output();
-  const total = ms(performance.now() - started);
-  return [
-    "500 nodes with 64 descriptors",
-    total,
-    "",
-    "",
-    "",
-    "",
-    "all up",
-    code === 0 ? "met" : "MISSED",
-    "",
-  ];
+
+  return {
+    work: "500 nodes with 64 descriptors",
+    ours: ms(performance.now() - startedMs),
+    target: "all up",
+    isMet: code === 0,
+  };
 }
 
-/** Distinct loopback addresses on Linux; elsewhere loopback is one address, which is then asked again and again. */
+/**
+ * Returns a loopback address of its own for each index on Linux. Elsewhere,
+ * loopback is one address, which is asked again and again.
+ */
 function address(index: number): string {
   return isLinux
     ? `127.${1 + (index >> 14)}.${(index >> 8) & 63}.${index & 255}`
@@ -554,17 +556,25 @@ async function writeHosts(
   own: Readonly<Record<string, string>> = {},
 ): Promise<string> {
   const path = `${folder}/${count}-${port}-${Object.keys(own).length}.yaml`;
-  const extra = Object.entries(own).map(([key, value]) =>
-    `    ${key}: "${value}"\n`
-  ).join("");
-  const hosts = Array.from(
-    { length: count },
-    (_, index) =>
-      `  gpu-${index}:\n    tailscale_ip: ${
-        address(index)
-      }\n    ssh_user: ubuntu\n    ssh_key: ~/.ssh/id_cluster\n` +
-      `    status: active\n    role: worker\n    memory_gb: 96\n    cpus: 72\n    gpu: H100\n    data_server_port: ${port}\n${extra}`,
-  );
+  const fields = {
+    ssh_user: "ubuntu",
+    ssh_key: "~/.ssh/id_cluster",
+    status: "active",
+    role: "worker",
+    memory_gb: 96,
+    cpus: 72,
+    gpu: "H100",
+    data_server_port: port,
+    ...own,
+  };
+  const lines = Object.entries(fields)
+    .map(([key, value]) => `    ${key}: ${value}\n`)
+    .join("");
+
+  const hosts = Array.from({ length: count }, (_, index) => {
+    const ip = `    tailscale_ip: ${address(index)}\n`;
+    return `  gpu-${index}:\n${ip}${lines}`;
+  });
   await Deno.writeTextFile(path, `hosts:\n${hosts.join("")}`);
   return path;
 }
@@ -622,59 +632,71 @@ function peer(program: string, args: readonly string[]): Peer | undefined {
     : undefined;
 }
 
+/** Runs a program; an exit code of 1 is an answer: some node is not up. */
 async function measure(
   program: string,
   args: readonly string[],
 ): Promise<Measure> {
   const report = `${folder}/peak`;
-  const [command = "", ...rest] = hasTime
-    ? ["/usr/bin/time", "-f", "%M", "-o", report, program, ...args]
-    : [program, ...args];
-  const started = performance.now();
+  const timed = ["/usr/bin/time", "-f", "%M", "-o", report, program, ...args];
+  const [command = "", ...rest] = hasTime ? timed : [program, ...args];
+
+  const startedMs = performance.now();
   const { code } = await new Deno.Command(command, {
     args: rest,
     stdin: "null",
     stdout: "null",
     stderr: "null",
-  })
-    .output();
-  const value = performance.now() - started;
-  // 1 is an answer: some node is not up.
+  }).output();
+  const value = performance.now() - startedMs;
+
   if (code > 1) {
     throw new Error(`${program} ${args.join(" ")} ended with ${code}`);
   }
-  const peak = hasTime
-    ? 1024 * Number((await Deno.readTextFile(report)).trim().split("\n").at(-1))
-    : 0;
-  return { value, peak };
+  return { value, peak: hasTime ? await readPeak(report) : 0 };
 }
 
-async function loadMs(
+/** Reads what GNU time reports, in bytes. */
+async function readPeak(report: string): Promise<number> {
+  const text = await Deno.readTextFile(report);
+  return 1024 * Number(text.trim().split("\n").at(-1));
+}
+
+/** Measures work in a new process, without the start of that. */
+async function inProcess(
   root: string,
-  work: "load" | "parse",
-  path: string,
+  work: "load" | "parse" | "select" | "pass",
+  ...paths: string[]
 ): Promise<Measure> {
-  const args = denoRun(
-    root,
-    [`--allow-read=${path}`],
-    "tests/bench/load.ts",
-    work,
-    path,
-  );
-  const { stdout } = await new Deno.Command("deno", { args }).output();
+  const { stdout } = await new Deno.Command("deno", {
+    args: [
+      "run",
+      "-q",
+      "--no-prompt",
+      "--config",
+      `${root}/deno.json`,
+      `--allow-read=${[root, ...paths].join(",")}`,
+      `${ROOT}tests/bench/in_process.ts`,
+      work,
+      root,
+      ...paths,
+    ],
+  }).output();
+
   return { value: Number(new TextDecoder().decode(stdout)), peak: 0 };
 }
 
-function inProcess(work: () => unknown): Promise<Measure> {
-  const started = performance.now();
-  work();
-  return Promise.resolve({ value: performance.now() - started, peak: 0 });
+function absolutePath(folder: string): string {
+  return new URL(folder, `file://${Deno.cwd()}/`).pathname;
 }
 
-async function times<T>(count: number, run: () => Promise<T>): Promise<T[]> {
-  const results: T[] = [];
-  for (let index = 0; index < count; index++) results.push(await run());
-  return results;
+async function medianOf(
+  count: number,
+  run: () => Promise<Measure>,
+): Promise<Measure> {
+  const measures: Measure[] = [];
+  for (let index = 0; index < count; index++) measures.push(await run());
+  return median(measures);
 }
 
 function median(measures: readonly Measure[]): Measure {
@@ -683,6 +705,10 @@ function median(measures: readonly Measure[]): Measure {
     value: sorted[Math.floor(sorted.length / 2)]!.value,
     peak: Math.max(...measures.map(({ peak }) => peak)),
   };
+}
+
+function times(ratio: number): string {
+  return `${ratio.toFixed(2)} ×`;
 }
 
 function ms(value: number): string {
