@@ -3398,8 +3398,9 @@ const EXPORT: Command = {
     path: "prometheus: this path (default: each status_path)",
   },
   notes:
-    "A Prometheus target is HOST:PORT; its __param_target is the URL that status\n" +
-    "checks. Exit code 0: printed; 2: a node's name cannot be exported.",
+    "An export has the first address of each node. A Prometheus target is\n" +
+    "HOST:PORT; its __param_target is the URL that status checks first.\n" +
+    "Exit code 0: printed; 2: a node's name cannot be exported.",
   examples: [
     "cluster-hosts export prometheus > new.json && mv new.json targets.json",
     "cluster-hosts export ssh-config > ~/.ssh/cluster",

@@ -6681,7 +6681,7 @@ async function sshOutcome(
 
   const output = await ssh.finish(AbortSignal.any([signal, deadline]));
   if (output.signal !== null) {
-    return { ...output, failure: endFailure(output.signal, options) };
+    return { ...output, failure: endFailure(output.signal, argv, options) };
   }
   if (output.exitCode === SSH_FAILED) {
     const hint = hostKeyHint(ssh.lastWords) ?? permissionHint(node, options);
@@ -6932,14 +6932,16 @@ const STILL_RUNNING = "the command may still be running on the node " +
 /** Explains why ssh was ended by a signal. */
 function endFailure(
   endedBy: string,
+  argv: readonly string[],
   { signal, deadline }: SshRunOptions,
 ): CommandFailure {
   const isLate = deadline.aborted && !signal.aborted;
   const reason = isLate ? deadline.reason : `ended by ${endedBy}`;
+  const isTied = argv.some((word) => /^requesttty=force$/i.test(word));
 
   return {
     code: isLate ? "timeout" : "signal",
-    message: `${reason}; ${STILL_RUNNING}`,
+    message: isTied ? reason : `${reason}; ${STILL_RUNNING}`,
   };
 }
 

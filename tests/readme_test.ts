@@ -431,6 +431,7 @@ async function startEloCluster(bodies: BodyInit[]) {
   const held = stack.move();
   return {
     path,
+    run: () => runScript("elo_sync.ts", user),
     /** Runs elo_sync.ts, and returns what it says of each node. */
     async sync(): Promise<string[]> {
       const { code, stdout, stderr } = await runScript("elo_sync.ts", user);
@@ -578,6 +579,18 @@ for (const [what, bytes] of DAMAGED) {
 
     assertMatch(line!, /^Error: /);
     assertEquals(await Deno.readFile(cluster.path), before);
+  });
+}
+
+for (const [what, bytes] of DAMAGED.slice(0, 3)) {
+  Deno.test(`README's elo_sync.ts asks no node if elo.db ${what}`, async () => {
+    await using cluster = await startEloCluster([SOUND]);
+    await Deno.writeFile(cluster.path, bytes);
+
+    const { code, stdout } = await cluster.run();
+
+    assertEquals([code, stdout], [1, ""]);
+    assertEquals(await Deno.readFile(cluster.path), bytes);
   });
 }
 

@@ -605,6 +605,8 @@ testUnless(
       });
 
       assertEquals(result!.failure?.code, "timeout");
+      const mayStillRun = /still be running/.test(result!.failure!.message);
+      assertEquals(mayStillRun, !isForced);
       const pid = (await Deno.readTextFile(file)).trim();
       const expected = isForced ? 0 : 1;
       const left = await eventually(
