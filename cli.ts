@@ -3403,7 +3403,7 @@ const EXPORT: Command = {
     "Exit code 0: printed; 2: a node's name cannot be exported.",
   examples: [
     "cluster-hosts export prometheus > new.json && mv new.json targets.json",
-    "cluster-hosts export ssh-config > ~/.ssh/cluster",
+    "cluster-hosts export ssh-config > new && mv new ~/.ssh/cluster",
   ],
   takesNodes: true,
   inventory: "required",
