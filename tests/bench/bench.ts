@@ -389,7 +389,7 @@ async function lossyNetwork(netns: Netns, port: number): Promise<Work> {
       ? { name, run: () => missing(found, name, args) }
       : undefined;
   return {
-    name: "1,000 nodes at 5 % packet loss, not found",
+    name: "nodes not found, of 1,000 at 5 % packet loss",
     ours: (root) =>
       missing(
         /"state": ?"up"/g,
