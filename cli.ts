@@ -1465,9 +1465,8 @@ function sharedNote(
   }
   if (names.length === 0) return undefined;
 
-  return `Up, but at an address shared with another node: ${
-    foldNames(names)
-  } ` +
+  const folded = foldNames(names);
+  return `Up, but at an address shared with another node: ${folded} ` +
     "(validate shows which; --ssh checks each node itself)";
 }
 

@@ -1960,18 +1960,21 @@ function mergeMapping(
   merge: Merge,
 ): Record<string, unknown> {
   const { "<<": source, ...own } = mapping;
-  let merged: Record<string, unknown> = {};
+  const merged = new Map<string, unknown>();
 
   for (const item of [source].flat()) {
     const base = mergeKeys(item, merge);
-    if (isMapping(base)) {
-      merged = { ...merged, ...base, ...merged };
-    } else {
+    if (!isMapping(base)) {
       merge.isBroken = true;
+      continue;
+    }
+
+    for (const [key, value] of Object.entries(base)) {
+      if (!merged.has(key)) merged.set(key, value);
     }
   }
 
-  return { ...merged, ...own };
+  return { ...Object.fromEntries(merged), ...own };
 }
 
 /** Explains a syntax error, without the source that its message quotes. */
@@ -5937,6 +5940,7 @@ function isAllowed(
 ): boolean {
   return isNetOpen || isNetGranted(host, port);
 }
+
 // --- Sync URLs ---
 
 /** Options of {@linkcode getDataSyncUrls}. */

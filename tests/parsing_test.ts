@@ -494,6 +494,12 @@ const HOSTILE: [name: string, place: string, text: (size: number) => string][] =
         `m${index + 1}: &m${index + 1} {<<: *m${index}, k${index}: 1}`;
       return `m0: &m0 {k: 1}\n${lines(size / 10, merge)}\n`;
     }],
+    ["one merge of many mappings", "hosts:1", (size) => {
+      const count = size / 20;
+      const source = (index: number) => `m${index}: &m${index} {k${index}: 1}`;
+      const names = Array.from({ length: count }, (_, index) => `*m${index}`);
+      return `hosts: []\n${lines(count, source)}\nall: {<<: [${names}]}\n`;
+    }],
     [
       "blanks in a line after a problem",
       "hosts:1",
